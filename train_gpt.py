@@ -1,0 +1,2846 @@
+"""train_gpt.py: train, quantize, pack and score a language model for OpenAI's Parameter Golf, in one file.
+
+The challenge: code plus compressed weights fit in 16,000,000 bytes, training takes at most 600 s and evaluation at most
+600 s on 8xH100, and the score is bits per byte (bpb) of held-out web text. Everything is set by environment variables.
+
+    PRESET=demo torchrun --standalone --nproc_per_node=1 train_gpt.py     anywhere: no GPU, no download, minutes
+    torchrun --standalone --nproc_per_node=8 train_gpt.py                 the official shape (PRESET=record)
+    PRESET=pr1783 ITERATIONS=490 TRAIN_BATCH_TOKENS=196608 MAX_WALLCLOCK_SECONDS=0 python train_gpt.py
+    python train_gpt.py eval runs/<RUN_ID>/final_model.ptz                score an artifact again, in a fresh process
+    python train_gpt.py describe                                          the plan of a run, without running it
+    python train_gpt.py --help                                            every knob: type, default, range, meaning
+
+Contents (boxed banners below, in this order; a name is defined before it is used, only section 1 reads os.environ, and
+importing this file does nothing):
+
+     1  Configuration     knobs, presets, reading and checking the environment
+     2  Run               ranks, device, the one clock, the log, the run folder
+     3  Data              shards, the training stream, bytes per token, the validation stream
+     4  Linear maps       every matrix of the model
+     5  Layers            norm, rotary, attend(), attention, MLP, token mixers, the block
+     6  Depth             which layer runs when: recurrence and skips
+     7  Model             embed, walk the schedule, head, loss
+     8  Optimizers        Muon, AdamW, EMA, and the table that gives every parameter one owner
+     9  Training          schedules, the step, the loop, checkpoints
+    10  Compression       Hessians, GPTQ, fitting the byte budget, the artifact
+    11  Evaluation        plain, sliding, test-time training, the score ledger
+    12  Commands          train, eval, describe, pack
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import concurrent.futures
+import contextlib
+import dataclasses
+import datetime
+import difflib
+import functools
+import glob
+import hashlib
+import importlib.util
+import io
+import json
+import lzma
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ######################################################################################################################
+# 1  Configuration
+# ######################################################################################################################
+
+
+class UserError(Exception):
+    """Something the user can mend; the message is one line that names the thing and the remedy. Exit code 2."""
+
+    code = 2
+
+
+class NonFiniteLoss(UserError):
+    """The loss or the gradient stopped being a number. Exit code 3; the last checkpoint is intact."""
+
+    code = 3
+
+
+class OverBudget(UserError):
+    """Code plus artifact do not fit in SIZE_LIMIT bytes. Exit code 4."""
+
+    code = 4
+
+
+def knob(group: str, default: Any, text: str, *, lo: float | None = None, hi: float | None = None, choices=()) -> Any:
+    """One setting: its environment name is the field's name in capitals, its type is the default's."""
+    return dataclasses.field(default=default, metadata=dict(group=group, text=text, lo=lo, hi=hi, choices=choices))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every knob of a run. Names are those of the public records, so that pasted commands work."""
+
+    # fmt: off
+    preset: str = knob("run", "record", "set of defaults; see the table of presets")
+    seed: int = knob("run", 1337, "seeds the initial weights and the order of the data", lo=0)
+    run_id: str = knob("run", "", "name of the run's folder under RUNS_DIR; empty: PRESET and the time")
+    runs_dir: str = knob("run", "runs", "where run folders are made")
+    resume: bool = knob("run", False, "continue RUN_ID (or the newest run of this preset) from its checkpoint")
+    device: str = knob("run", "auto", "where to run", choices=("auto", "cuda", "cpu"))
+    compile: bool = knob("run", True, "torch.compile the block, the head and the optimizer (CUDA only)")
+    threads: int = knob("run", 0, "CPU threads of one process; 0: torch's choice", lo=0)
+    save_scores: bool = knob("run", True, "write scores.npz, the ledger of the final stage")
+    checkpoint_every: int = knob("run", 0, "steps between checkpoints; 0: on signals and at the end of training", lo=0)
+    checkpoint_seconds: float = knob("run", 0.0, "seconds between checkpoints; 0: never by time", lo=0)
+
+    data_dir: str = knob("data", "./data", "holds datasets/, tokenizers/ and manifest.json (see data/prepare.py)")
+    dataset: str = knob("data", "", "folder under DATA_DIR/datasets; empty: fineweb10B_sp{VOCAB_SIZE}")
+    data_path: str = knob("data", "", "folder of the shards; overrides DATA_DIR and DATASET")
+    tokenizer_path: str = knob("data", "", "SentencePiece model; empty: DATA_DIR/tokenizers/fineweb_{VOCAB_SIZE}_bpe.model")
+    train_shards: int = knob("data", 0, "use only the first N training shards; 0: all", lo=0)
+    val_tokens_limit: int = knob("data", 0, "score only the first N validation tokens (never for a reported score)", lo=0)
+
+    vocab_size: int = knob("model", 8192, "pieces of the tokenizer", lo=8, hi=65536)
+    num_layers: int = knob("model", 11, "physical layers", lo=1)
+    model_dim: int = knob("model", 512, "width of the residual stream", lo=8)
+    num_heads: int = knob("model", 8, "query heads", lo=1)
+    num_kv_heads: int = knob("model", 4, "key and value heads", lo=1)
+    mlp_mult: float = knob("model", 4.0, "MLP hidden width over MODEL_DIM", lo=0.25)
+    mlp_slope: float = knob("model", 0.5, "negative slope of the squared leaky ReLU; 0 is the squared ReLU", lo=0, hi=1)
+    rope_dims: int = knob("model", 16, "rotated dimensions of each head; 0: all of them", lo=0)
+    rope_base: float = knob("model", 10000.0, "longest rotary wavelength over 2 pi", lo=1)
+    qk_gain_init: float = knob("model", 5.5, "start of the learned gain of each query head", lo=0)
+    xsa_last_n: int = knob("model", 11, "exclusive self-attention in the last N layers", lo=0)
+    attn_gate: str = knob("model", "none", "gate on each head's output", choices=("none", "sparse"))
+    attn_gate_dims: int = knob("model", 12, "input dimensions that the sparse gate and SmearGate read", lo=1)
+    smear_gate: bool = knob("model", False, "SmearGate: add a gated copy of the preceding token's embedding")
+    ln_scale: bool = knob("model", True, "scale the input of layer l by 1/sqrt(l+1)")
+    resid_mix: bool = knob("model", True, "each layer starts from a learned mix of the stream and the embedding")
+    skip_kind: str = knob("model", "gated", "U-Net skips from the first half of the layers to the second",
+                          choices=("none", "add", "gated"))
+    parallel_residual_start: int = knob("model", 5, "attention and MLP in parallel from this layer on; negative: never")
+    num_loops: int = knob("model", 3, "extra passes over layers LOOP_START..LOOP_END; 0: no recurrence", lo=0)
+    loop_start: int = knob("model", 3, "first layer of the repeated segment", lo=0)
+    loop_end: int = knob("model", 5, "last layer of the repeated segment", lo=0)
+    tie_embeddings: bool = knob("model", True, "the head is the embedding transposed")
+    tied_embed_init_std: float = knob("model", 0.005, "standard deviation of the initial embedding", lo=0)
+    logit_softcap: float = knob("model", 30.0, "logits are C tanh(z / C)", lo=1)
+    train_seq_len: int = knob("model", 2048, "tokens of a training sequence", lo=2)
+    pack_docs: bool = knob("model", False, "attention stays inside a document (boundaries at BOS)")
+    attention_backend: str = knob("run", "auto", "attention kernel; auto: FA3 if importable, else cuDNN on Hopper",
+                                  choices=("auto", "fa3", "cudnn", "flash", "efficient", "math"))
+
+    iterations: int = knob("train", 20000, "most optimizer steps", lo=0)
+    max_wallclock_seconds: float = knob("train", 580.0, "training clock, Hessians included; 0: none", lo=0)
+    gptq_reserve_seconds: float = knob("train", 12.0, "part of the clock kept for Hessians and quantization", lo=0)
+    train_batch_tokens: int = knob("train", 786432, "tokens of one optimizer step, over all ranks", lo=2)
+    micro_batch_tokens: int = knob("train", 0, "tokens of one forward on one rank; 0: from free memory", lo=0)
+    warmup_steps: int = knob("train", 1, "throw-away steps that compile every graph before the clock", lo=0)
+    warmdown_frac: float = knob("train", 0.72, "last part of the run, over which the learning rate falls", lo=0, hi=1)
+    min_lr: float = knob("train", 0.0, "floor of the learning rate multiplier", lo=0, hi=1)
+    enable_looping_at: float = knob("train", 0.35, "fraction of the run at which the recurrence is switched on", lo=0)
+    matrix_lr: float = knob("train", 0.022, "Muon's learning rate", lo=0)
+    scalar_lr: float = knob("train", 0.02, "AdamW's learning rate of gains, mixes and gates", lo=0)
+    tied_embed_lr: float = knob("train", 0.03, "AdamW's learning rate of a tied embedding", lo=0)
+    embed_lr: float = knob("train", 0.6, "AdamW's learning rate of an untied embedding", lo=0)
+    head_lr: float = knob("train", 0.008, "AdamW's learning rate of an untied head", lo=0)
+    muon_wd: float = knob("train", 0.095, "Muon's decoupled weight decay", lo=0)
+    embed_wd: float = knob("train", 0.085, "weight decay of the embedding and the head", lo=0)
+    adam_wd: float = knob("train", 0.02, "weight decay of gains, mixes and gates", lo=0)
+    beta1: float = knob("train", 0.9, "AdamW", lo=0, hi=1)
+    beta2: float = knob("train", 0.95, "AdamW", lo=0, hi=1)
+    adam_eps: float = knob("train", 1e-8, "AdamW", lo=0)
+    muon_momentum: float = knob("train", 0.99, "Nesterov momentum after its warm-up", lo=0, hi=1)
+    muon_momentum_warmup_start: float = knob("train", 0.92, "momentum at step 0", lo=0, hi=1)
+    muon_momentum_warmup_steps: int = knob("train", 1500, "steps of the momentum warm-up", lo=0)
+    muon_backend_steps: int = knob("train", 5, "Newton-Schulz iterations", lo=1, hi=12)
+    muon_coefficients: str = knob("train", "quintic", "polynomials of the iteration", choices=("quintic", "polar"))
+    muon_row_normalize: bool = knob("train", True, "unit rows before the orthogonalization (MuonEq-R)")
+    grad_clip_norm: float = knob("train", 0.3, "global gradient norm; 0: no clipping", lo=0)
+    ema_decay: float = knob("train", 0.9965, "longest memory of the weight average; 0: no average", lo=0, hi=1)
+    ema_window_frac: float = knob("train", 0.06, "memory of the average as a fraction of the steps done so far", lo=0, hi=1)
+    train_log_every: int = knob("train", 500, "steps between train_loss lines", lo=1)
+    val_loss_every: int = knob("train", 4000, "steps between validations (off the clock); 0: only at the end", lo=0)
+
+    size_limit: int = knob("quant", 16_000_000, "most bytes of packed code plus artifact; 0: not checked", lo=0)
+    size_target: int = knob("quant", 15_990_000, "quantization steps are fitted to this total; 0: as configured", lo=0)
+    matrix_bits: int = knob("quant", 6, "integer range of the matrices, as bits", lo=2, hi=8)
+    embed_bits: int = knob("quant", 8, "integer range of the embedding, as bits", lo=2, hi=8)
+    matrix_clip_sigmas: float = knob("quant", 12.85, "clip range of a matrix row, in its standard deviations", lo=0.1)
+    embed_clip_sigmas: float = knob("quant", 20.0, "clip range of an embedding row, in its standard deviations", lo=0.1)
+    gptq: bool = knob("quant", True, "GPTQ error feedback; 0: round to nearest")
+    gptq_calibration_batches: int = knob("quant", 16, "global batches of GPTQ_BATCH_TOKENS for the Hessians", lo=1)
+    gptq_batch_tokens: int = knob("quant", 98304, "training tokens of one calibration batch", lo=2)
+    percdamp: float = knob("quant", 0.01, "damping of the Hessian, over its mean diagonal", lo=0)
+    compressor: str = knob("quant", "brotli", "lossless coder of the integer streams",
+                           choices=("brotli", "lzma", "zstd"))
+    weights: str = knob("quant", "auto", "weights to export; auto: the better of both on calibration text",
+                        choices=("auto", "ema", "raw"))
+
+    eval_seq_len: int = knob("eval", 2048, "tokens of an evaluation window", lo=2)
+    eval_stride: int = knob("eval", 64, "new tokens of each sliding window", lo=1)
+    sliding_window_enabled: bool = knob("eval", True, "score with sliding windows after the plain score")
+    val_batch_tokens: int = knob("eval", 131072, "tokens of one evaluation forward on one rank", lo=2)
+    eval_budget_seconds: float = knob("eval", 600.0, "evaluation clock; test-time training shrinks to fit it", lo=1)
+    ttt_enabled: bool = knob("eval", False, "score-first test-time training as the last stage")
+    ttt_lr: float = knob("eval", 0.005, "SGD learning rate of the first chunk; cosine to 0", lo=0)
+    ttt_momentum: float = knob("eval", 0.9, "SGD momentum", lo=0, hi=1)
+    ttt_epochs: int = knob("eval", 4, "passes over a chunk once it is scored", lo=1)
+    ttt_chunk_tokens: int = knob("eval", 24576, "targets scored before each adaptation", lo=1)
+    ttt_batch_seqs: int = knob("eval", 32, "most sequences of one SGD step", lo=1)
+    ttt_grad_clip: float = knob("eval", 1.0, "global gradient norm of an SGD step", lo=0)
+    ttt_selective: bool = knob("eval", True, "adapt the recurrent layers and skips only; the rest is frozen")
+    # fmt: on
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def loops(self) -> bool:
+        """Whether the configuration has a recurrent segment at all."""
+        return self.num_loops > 0
+
+
+class Preset(NamedTuple):
+    """A named set of defaults and the line that explains it."""
+
+    text: str
+    values: dict[str, Any]
+
+
+PR1783 = dict(
+    vocab_size=8192, xsa_last_n=11, qk_gain_init=5.5, num_loops=3, loop_start=3, loop_end=5, parallel_residual_start=5
+)  # fmt: skip
+
+PRESETS: dict[str, Preset] = {
+    "record": Preset("our best: pr1783's stack and what measured better", {**PR1783}),
+    "pr1783": Preset(
+        "main stack of PR #1783: 11 layers, 3-5 run four times. Mended: XSA is back, rotary tables in fp32, fixed skip "
+        "pairs, fp32 embedding, an average that adapts to the run's length, GPTQ fitted to the byte budget.",
+        {**PR1783},
+    ),
+    "naive": Preset(
+        "the challenge's baseline: 9x512, squared ReLU MLP x2, Muon and AdamW, no recurrence. Differs: our exporter.",
+        dict(
+            vocab_size=1024, num_layers=9, mlp_mult=2.0, mlp_slope=0.0, rope_dims=0, qk_gain_init=1.5, xsa_last_n=0,
+            ln_scale=False, skip_kind="add", parallel_residual_start=-1, num_loops=0, train_seq_len=1024,
+            eval_seq_len=1024, train_batch_tokens=524288, warmdown_frac=0.09, matrix_lr=0.04, scalar_lr=0.04,
+            tied_embed_lr=0.05, muon_wd=0.0, embed_wd=0.0, adam_wd=0.0, muon_momentum=0.95,
+            muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=500, muon_row_normalize=False,
+            grad_clip_norm=0.0, ema_decay=0.0, matrix_bits=8, ttt_enabled=False,
+        ),
+    ),  # fmt: skip
+    "demo": Preset(
+        "a small model on text found on this machine; every stage, minutes on a laptop, no GPU, no download",
+        dict(
+            dataset="demo_sp1024", tokenizer_path="{data_dir}/tokenizers/demo_1024_bpe.model", vocab_size=1024,
+            num_layers=6, model_dim=128, num_heads=4, num_kv_heads=2, mlp_mult=3.0, parallel_residual_start=3,
+            num_loops=1, loop_start=2, loop_end=3, xsa_last_n=6, train_seq_len=256, eval_seq_len=256, iterations=300,
+            max_wallclock_seconds=0.0, train_batch_tokens=4096, micro_batch_tokens=4096, matrix_lr=0.04,
+            muon_momentum=0.95, muon_momentum_warmup_steps=100, train_log_every=20, val_loss_every=100,
+            checkpoint_every=50, size_target=0, gptq_batch_tokens=4096, gptq_calibration_batches=8, eval_stride=128,
+            val_batch_tokens=8192, ttt_enabled=True, ttt_chunk_tokens=8192, ttt_epochs=1,
+        ),
+    ),  # fmt: skip
+}
+
+# Names that other tools put into the environment and that look like ours.
+FOREIGN_NAMES = {"MODEL_DIR", "NUM_THREADS", "DATA_ROOT", "NUM_WORKERS", "MAX_JOBS", "RUN_DIR", "TRAIN_DIR", "DEVICES"}
+FOREIGN_FAMILIES = ("NCCL_", "CUDA_", "SLURM_", "HF_", "TORCH_", "TORCHINDUCTOR_", "OMP_", "MKL_", "PYTHON", "GPTQMODEL_")
+
+CHECKS: tuple[tuple[Callable[[Config], bool], str], ...] = (
+    (lambda c: c.model_dim % c.num_heads == 0, "MODEL_DIM={model_dim} must be a multiple of NUM_HEADS={num_heads}"),
+    (lambda c: c.num_heads % c.num_kv_heads == 0,
+     "NUM_HEADS={num_heads} must be a multiple of NUM_KV_HEADS={num_kv_heads}"),
+    (lambda c: c.head_dim % 2 == 0, "MODEL_DIM / NUM_HEADS must be even, not {head_dim}"),
+    (lambda c: c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim,
+     "ROPE_DIMS={rope_dims} must be even and at most the head's {head_dim} dimensions"),
+    (lambda c: not c.loops or c.loop_start <= c.loop_end < c.num_layers,
+     "LOOP_START={loop_start} <= LOOP_END={loop_end} < NUM_LAYERS={num_layers} must hold (or set NUM_LOOPS=0)"),
+    (lambda c: c.train_batch_tokens % c.train_seq_len == 0,
+     "TRAIN_BATCH_TOKENS={train_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={train_seq_len}"),
+    (lambda c: c.eval_stride <= c.eval_seq_len, "EVAL_STRIDE={eval_stride} must not exceed EVAL_SEQ_LEN={eval_seq_len}"),
+    (lambda c: c.ttt_chunk_tokens % c.eval_stride == 0,
+     "TTT_CHUNK_TOKENS={ttt_chunk_tokens} must be a multiple of EVAL_STRIDE={eval_stride}"),
+    (lambda c: c.attn_gate_dims <= c.model_dim,
+     "ATTN_GATE_DIMS={attn_gate_dims} must not exceed MODEL_DIM={model_dim}"),
+    (lambda c: not c.max_wallclock_seconds or c.gptq_reserve_seconds < c.max_wallclock_seconds,
+     "GPTQ_RESERVE_SECONDS={gptq_reserve_seconds} must be less than MAX_WALLCLOCK_SECONDS={max_wallclock_seconds}"),
+    (lambda c: not c.size_limit or c.size_target <= c.size_limit,
+     "SIZE_TARGET={size_target} must not exceed SIZE_LIMIT={size_limit}"),
+)  # fmt: skip
+
+
+def knobs() -> dict[str, dataclasses.Field]:
+    """Environment name -> field, in the order of the class."""
+    return {field.name.upper(): field for field in dataclasses.fields(Config)}
+
+
+def parse_knob(name: str, field: dataclasses.Field, text: str) -> Any:
+    """The typed value of an environment variable; UserError names the variable, the value and what is allowed."""
+    kind = type(field.default)
+    try:
+        value = {"1": True, "0": False, "true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        wanted = "0 or 1" if kind is bool else f"a number ({kind.__name__})"
+        raise UserError(f"{name}={text!r} is not {wanted}; {name}: {field.metadata['text']}") from None
+    choices, lo, hi = (field.metadata[key] for key in ("choices", "lo", "hi"))
+    if choices and value not in choices:
+        raise UserError(f"{name}={text!r} is none of {', '.join(choices)}")
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"{name}={text} must be finite")
+    if (lo is not None and value < lo) or (hi is not None and value > hi):
+        raise UserError(f"{name}={text} is out of range [{'' if lo is None else lo}, {'' if hi is None else hi}]")
+    return value
+
+
+def unknown_names(env: Mapping[str, str]) -> list[str]:
+    """Warnings about names that are no knobs. A near miss stops the run; a stranger in a known family warns."""
+    known = knobs()
+    counts: dict[str, int] = {}
+    for name in known:
+        counts[name.split("_")[0]] = counts.get(name.split("_")[0], 0) + 1
+    families = {family for family, count in counts.items() if count > 1}
+    allowed = set(env.get("ALLOW_ENV", "").split(",")) | FOREIGN_NAMES | {"STRICT_ENV", "ALLOW_ENV"}
+    warnings = []
+    for name in sorted(set(env) - set(known) - allowed):
+        if name.startswith(FOREIGN_FAMILIES) or not name.isupper():
+            continue
+        if close := difflib.get_close_matches(name, known, n=1, cutoff=0.86):
+            raise UserError(f"{name} is no knob; did you mean {close[0]}? (ALLOW_ENV={name} lets it pass)")
+        if "_" in name and name.split("_")[0] in families:
+            warnings.append(f"{name} is no knob of this script and has no effect (python train_gpt.py --help lists them)")
+    if warnings and env.get("STRICT_ENV") == "1":
+        raise UserError(f"STRICT_ENV=1: {warnings[0]}")
+    return warnings
+
+
+def read_config(env: Mapping[str, str], base: Mapping[str, Any] | None = None) -> tuple[Config, list[str]]:
+    """The configuration of an environment, and warnings. Defaults < preset < ``base`` (an artifact's) < variables."""
+    warnings = unknown_names(env)
+    name = env.get("PRESET", (base or {}).get("preset", "record"))
+    if name not in PRESETS:
+        raise UserError(f"PRESET={name!r} is none of {', '.join(PRESETS)}")
+    values: dict[str, Any] = {**PRESETS[name].values, **(base or {}), "preset": name}
+    for upper, field in knobs().items():
+        if upper in env and upper != "PRESET":
+            values[field.name] = parse_knob(upper, field, env[upper])
+    cfg = Config(**values)
+    fields = {**dataclasses.asdict(cfg), "head_dim": cfg.head_dim}
+    for holds, message in CHECKS:
+        if not holds(cfg):
+            raise UserError(message.format(**fields))
+    return cfg, warnings
+
+
+class Launch(NamedTuple):
+    """What the launcher (torchrun or none) says of this process."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def read_launch(env: Mapping[str, str]) -> Launch:
+    try:
+        return Launch(*(int(env.get(name, default)) for name, default in
+                        (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))  # fmt: skip
+    except ValueError:
+        raise UserError("RANK, WORLD_SIZE and LOCAL_RANK must be integers; start with torchrun") from None
+
+
+def environment() -> dict[str, str]:
+    """The process's environment: the only place where it is read."""
+    return dict(os.environ)
+
+
+def help_text() -> str:
+    """--help: the docstring's head, the presets and every knob, generated from Config."""
+    lines = [(__doc__ or "train_gpt.py").split("Contents")[0].rstrip(), "", "Presets (PRESET=name):"]
+    lines += [f"  {name:<10} {preset.text}" for name, preset in PRESETS.items()]
+    group = None
+    for name, field in knobs().items():
+        meta = field.metadata
+        if meta["group"] != group:
+            group = meta["group"]
+            lines += ["", f"{group}:"]
+        span = "|".join(meta["choices"]) or " ".join(
+            f"{sign}{bound:g}" for sign, bound in ((">=", meta["lo"]), ("<=", meta["hi"])) if bound is not None
+        )
+        default = int(field.default) if isinstance(field.default, bool) else field.default
+        lines.append(f"  {name:<28} {default!s:<10} {meta['text']}{f' [{span}]' if span else ''}")
+    return "\n".join(lines)
+
+
+# ######################################################################################################################
+# 2  Run
+# ######################################################################################################################
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write beside the target and rename: an interrupted or failed write leaves the old file intact."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}; free some space or change RUNS_DIR") from error
+
+
+def save_tensors(path: Path, state: dict) -> None:
+    """torch.save through atomic_write; readable with weights_only=True."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    atomic_write(path, buffer.getbuffer())
+
+
+def load_tensors(path: Path) -> dict:
+    """A state written by save_tensors, on the CPU; UserError where it is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except Exception as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}); delete it and start again") from error
+
+
+class Run:
+    """One process of a run: its rank, device, folder and log. Rank 0 speaks and writes.
+
+    ``folder`` is None for commands that keep nothing (describe, eval of a lone artifact without scores).
+    """
+
+    def __init__(self, cfg: Config, launch: Launch, log_name: str = "train.log"):
+        self.cfg, self.launch, self.log_name = cfg, launch, log_name
+        self.rank, self.world_size = launch.rank, launch.world_size
+        self.device = self._pick_device()
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.signal = 0
+        self.folder: Path | None = None
+        if cfg.threads:
+            torch.set_num_threads(cfg.threads)
+        if self.world_size > 1:
+            self._connect()
+
+    def _pick_device(self) -> torch.device:
+        if self.cfg.device == "cpu" or (self.cfg.device == "auto" and not torch.cuda.is_available()):
+            return torch.device("cpu")
+        if not torch.cuda.is_available():
+            raise UserError("DEVICE=cuda but torch finds no GPU; set DEVICE=cpu or install a CUDA build of torch")
+        if self.launch.local_rank >= torch.cuda.device_count():
+            raise UserError(f"LOCAL_RANK={self.launch.local_rank} but {torch.cuda.device_count()} GPUs are visible")
+        torch.cuda.set_device(self.launch.local_rank)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        return torch.device("cuda", self.launch.local_rank)
+
+    def _connect(self) -> None:
+        cuda = self.device.type == "cuda"
+        extra = {"device_id": self.device} if cuda else {}
+        try:
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=600), **extra)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"cannot join the process group: {error}; start with torchrun") from error
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def open(self, folder: Path) -> None:
+        """Log into this folder from now on."""
+        self.folder = folder
+        if self.main:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot make the run folder {folder}: {error.strerror}; set RUNS_DIR") from error
+
+    def log(self, line: str = "", console: bool = True) -> None:
+        """One line to the console and the run's log. Rank 0 only."""
+        if not self.main:
+            return
+        if console:
+            print(line, flush=True)
+        if self.folder:
+            with open(self.folder / self.log_name, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """One JSON object to metrics.jsonl. Rank 0 only."""
+        if self.main and self.folder:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"event": kind, **fields}) + "\n")
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's object, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """All-reduced in place over the ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def split(self, count: int) -> range:
+        """This rank's contiguous share of ``count`` items."""
+        return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def watch_signals(self) -> None:
+        """SIGTERM and SIGINT ask for a checkpoint after the step in hand; a second one ends the process at once."""
+
+        def handler(number: int, _frame: Any) -> None:
+            if self.signal:
+                os._exit(128 + number)
+            self.signal = number
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, handler)
+
+
+class Clock:
+    """The one time authority of training: rank 0's, paused while anything but training runs.
+
+    ``read`` returns (seconds on rank 0, highest signal number on any rank), the same on every rank.
+    """
+
+    def __init__(self, run: Run, seconds: float = 0.0):
+        self.run, self.seconds, self.started = run, seconds, None
+
+    def start(self) -> None:
+        self.run.synchronize()
+        self.started = time.perf_counter()
+
+    def pause(self) -> None:
+        self.run.synchronize()
+        self.seconds, self.started = self._now(), None
+
+    def _now(self) -> float:
+        return self.seconds + (time.perf_counter() - self.started if self.started is not None else 0.0)
+
+    def read(self) -> tuple[float, int]:
+        if self.run.world_size == 1:
+            return self._now(), self.run.signal
+        vote = torch.zeros(self.run.world_size + 1, dtype=torch.float64, device=self.run.device)
+        vote[-1] = self._now() if self.run.main else 0.0
+        vote[self.run.rank] = self.run.signal
+        votes = self.run.sum(vote).tolist()
+        return votes[-1], int(max(votes[:-1]))
+
+
+@contextlib.contextmanager
+def stopwatch(run: Run) -> Iterator[Callable[[], float]]:
+    """Yields a function that returns the seconds since the block was entered, device work included."""
+    run.synchronize()
+    begin = time.perf_counter()
+
+    def seconds() -> float:
+        run.synchronize()
+        return time.perf_counter() - begin
+
+    yield seconds
+
+
+def peak_matmul_flops(device: torch.device) -> float:
+    """FLOP/s of this card's bf16 8192^3 product, the yardstick of MFU (0 on a CPU)."""
+    if device.type != "cuda":
+        return 0.0
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    best = math.inf
+    for _ in range(6):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        a @ b
+        end.record()
+        end.synchronize()
+        best = min(best, begin.elapsed_time(end))
+    return 2 * 8192**3 / (best / 1e3)
+
+
+def git_sha() -> str:
+    """The commit this file stands in, with '+' when the tree is dirty; empty outside a repository."""
+    try:
+        here = Path(__file__).parent
+        sha = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout
+        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True).stdout
+        return sha.strip() + ("+" if dirty.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+# ######################################################################################################################
+# 3  Data
+# ######################################################################################################################
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
+BOS = 1
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """Memory-mapped uint16 tokens of a shard: [n]. Header, version and exact size are checked.
+
+    Format: 256 little-endian int32 (magic, version, n, zeros), then n little-endian uint16.
+    """
+    try:
+        header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER)
+        size = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise UserError(f"{path} is no token shard (magic or version differs); make it with data/prepare.py")
+    count = int(header[2])
+    if count < 0 or size != 4 * SHARD_HEADER + 2 * count:
+        raise UserError(f"{path} is truncated: its header says {count} tokens, its size {size} bytes; prepare it again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER, shape=(count,))
+
+
+class DataPaths(NamedTuple):
+    """Where a configuration's text lives."""
+
+    folder: Path
+    tokenizer: Path
+    manifest: Path
+
+
+def data_paths(cfg: Config) -> DataPaths:
+    root = Path(cfg.data_dir)
+    folder = Path(cfg.data_path) if cfg.data_path else root / "datasets" / (cfg.dataset or f"fineweb10B_sp{cfg.vocab_size}")
+    tokenizer = cfg.tokenizer_path.format(data_dir=cfg.data_dir) or str(root / f"tokenizers/fineweb_{cfg.vocab_size}_bpe.model")
+    return DataPaths(folder, Path(tokenizer), root / "manifest.json")
+
+
+def shard_paths(folder: Path, split: str) -> list[Path]:
+    """Sorted shards of a split (train, val or val_bytes); UserError when a needed one is missing."""
+    names = sorted(glob.glob(str(folder / f"fineweb_{split}_[0-9]*.bin")))
+    if not names and split != "val_bytes":
+        raise UserError(f"no fineweb_{split}_*.bin in {folder}; make shards with data/prepare.py or set DATA_DIR, DATA_PATH")
+    return [Path(name) for name in names]
+
+
+def load_tokenizer(cfg: Config) -> Any:
+    """The SentencePiece model, checked against VOCAB_SIZE and, where it is listed, against the manifest's SHA-256."""
+    import sentencepiece
+
+    paths = data_paths(cfg)
+    try:
+        blob = paths.tokenizer.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the tokenizer {paths.tokenizer}: {error.strerror}; set TOKENIZER_PATH") from error
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=blob)
+    except RuntimeError:
+        raise UserError(f"{paths.tokenizer} is no SentencePiece model; set TOKENIZER_PATH") from None
+    if pieces.vocab_size() != cfg.vocab_size:
+        raise UserError(f"VOCAB_SIZE={cfg.vocab_size} but {paths.tokenizer} has {pieces.vocab_size()} pieces; set either")
+    wanted = tokenizer_sha256(paths)
+    if wanted and wanted != hashlib.sha256(blob).hexdigest():
+        raise UserError(f"{paths.tokenizer} is not the tokenizer that made {paths.folder} (SHA-256 differs from the manifest)")
+    return pieces
+
+
+def tokenizer_sha256(paths: DataPaths) -> str:
+    """The SHA-256 that the manifest gives for this dataset's tokenizer; empty when it gives none."""
+    try:
+        manifest = json.loads(paths.manifest.read_text(encoding="utf-8"))
+    except OSError:
+        return ""
+    except ValueError:
+        raise UserError(f"{paths.manifest} is not JSON; delete it and prepare the data again") from None
+    used = {row.get("tokenizer_name") for row in manifest.get("datasets", []) if row.get("name") == paths.folder.name}
+    found = [row.get("sha256", "") for row in manifest.get("tokenizers", []) if row.get("name") in used]
+    return found[0] if found else ""
+
+
+class ByteTable(NamedTuple):
+    """UTF-8 bytes that each token stands for: base [V], plus 1 for its leading space unless a boundary precedes it."""
+
+    base: np.ndarray
+    has_space: np.ndarray
+    is_boundary: np.ndarray
+
+    def count(self, previous: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Bytes of each token given the one before it: uint16, shape of ``tokens``."""
+        return self.base[tokens] + (self.has_space[tokens] & ~self.is_boundary[previous])
+
+
+def byte_table(pieces: Any) -> ByteTable:
+    """The table of a SentencePiece model. Control, unknown and unused pieces stand for no bytes and are boundaries.
+
+    A model without a dummy prefix writes a document's first space itself; one with it adds a space that is not text,
+    which is why a leading space after a boundary does not count. The piece U+2581 must exist: without it a lone space
+    is spelt in other ways and the count is wrong.
+    """
+    size, space = pieces.vocab_size(), "\u2581"
+    if pieces.piece_to_id(space) == pieces.unk_id():
+        raise UserError("the tokenizer has no stand-alone U+2581 piece, so bytes cannot be counted; train another one")
+    base, has_space, boundary = np.zeros(size, np.uint16), np.zeros(size, bool), np.zeros(size, bool)
+    for i in range(size):
+        if pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_unused(i):
+            boundary[i] = True
+        elif pieces.is_byte(i):
+            base[i] = 1
+        else:
+            piece = pieces.id_to_piece(i)
+            has_space[i] = piece.startswith(space)
+            base[i] = len(piece.removeprefix(space).replace(space, " ").encode())
+    first = pieces.encode("a")[:1]
+    if first and not pieces.id_to_piece(first[0]).startswith(space):
+        base, has_space = base + has_space.astype(np.uint16), np.zeros(size, bool)
+    return ByteTable(base, has_space, boundary)
+
+
+class ValStream(NamedTuple):
+    """The validation text: tokens [n+1] on the CPU (int64) and the bytes of each of the n targets [n] (int64)."""
+
+    tokens: Tensor
+    nbytes: Tensor
+
+    @property
+    def targets(self) -> int:
+        return len(self.nbytes)
+
+
+def load_validation(cfg: Config, pieces: Any) -> ValStream:
+    """The whole validation stream and its byte counts.
+
+    Bytes come from the sidecar where there is one (exact for any tokenizer), else from the byte table. Laws 5: the
+    table is checked against the decoded text of the first documents.
+    """
+    folder = data_paths(cfg).folder
+    tokens = np.concatenate([np.asarray(read_shard(path)) for path in shard_paths(folder, "val")])
+    if cfg.val_tokens_limit:
+        tokens = tokens[: cfg.val_tokens_limit]
+    if len(tokens) < 2:
+        raise UserError(f"the validation text in {folder} has {len(tokens)} tokens; prepare it again")
+    if int(tokens.max()) >= cfg.vocab_size:
+        raise UserError(f"{folder} holds token {int(tokens.max())}, VOCAB_SIZE={cfg.vocab_size}; wrong shards or tokenizer")
+    table = byte_table(pieces)
+    counted = table.count(tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64))
+    check_bytes(pieces, tokens, counted)
+    if sidecars := shard_paths(folder, "val_bytes"):
+        side = np.concatenate([np.asarray(read_shard(path)) for path in sidecars])[: len(tokens)]
+        if len(side) != len(tokens):
+            raise UserError(f"the byte sidecars in {folder} have {len(side)} entries for {len(tokens)} tokens")
+        counted = side[1:]
+    return ValStream(torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(counted.astype(np.int64)))
+
+
+def check_bytes(pieces: Any, tokens: np.ndarray, counted: np.ndarray, documents: int = 64) -> None:
+    """Law 5 on a sample: the counted bytes of the first whole documents equal those of their decoded text."""
+    starts = np.flatnonzero(tokens == BOS)[: documents + 1]
+    for begin, end in zip(starts[:-1], starts[1:], strict=True):
+        text = pieces.decode(tokens[begin + 1 : end].tolist())
+        got, want = int(counted[begin : end - 1].sum()), len(text.encode())
+        if got != want:
+            raise UserError(f"byte count of the document at token {begin} is {got}, its text has {want}; wrong tokenizer?")
+
+
+class TrainStream:
+    """Every disjoint window of the training shards, in an order set by SEED and the epoch alone.
+
+    Window i of shard s covers tokens [phase + i T, phase + (i+1) T]; the phase changes every epoch. The permutation is
+    an argsort of Philox raw bits, so it is the same on every machine and numpy. ``batch`` is stateless: step k of a
+    run reads windows [k B, (k+1) B) whatever the world size, which is what makes resuming and 1 = N ranks exact.
+    """
+
+    def __init__(self, cfg: Config):
+        paths = shard_paths(data_paths(cfg).folder, "train")
+        self.shards = [read_shard(path) for path in paths[: cfg.train_shards or None]]
+        self.seq_len, self.vocab_size, self.seed = cfg.train_seq_len, cfg.vocab_size, cfg.seed
+        self.folder = paths[0].parent
+        counts = np.array([max(0, (len(shard) - 1) // self.seq_len) for shard in self.shards])
+        self.first = np.concatenate([[0], np.cumsum(counts)])
+        if self.total == 0:
+            raise UserError(f"no shard in {self.folder} holds TRAIN_SEQ_LEN={self.seq_len} tokens; add text or shorten it")
+
+    @property
+    def total(self) -> int:
+        return int(self.first[-1])
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(shard) for shard in self.shards)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - two epochs meet in one batch; the stream lives as long as the run
+    def epoch(self, epoch: int) -> tuple[np.ndarray, list[int]]:
+        """(order [total], phase of each shard) of an epoch."""
+        bits = np.random.Philox(key=np.array([self.seed, epoch], dtype=np.uint64))
+        order = np.argsort(bits.random_raw(self.total), kind="stable")
+        slack = [(len(shard) - 1) % self.seq_len + 1 if len(shard) else 1 for shard in self.shards]
+        return order, [int(raw % room) for raw, room in zip(bits.random_raw(len(slack)), slack, strict=True)]
+
+    def batch(self, first: int, count: int) -> Tensor:
+        """Windows [first, first + count) of the endless stream: int32 [count, seq_len + 1], inputs and next tokens."""
+        rows = np.empty((count, self.seq_len + 1), dtype=np.int32)
+        for row in range(count):
+            epoch, position = divmod(first + row, self.total)
+            order, phases = self.epoch(epoch)
+            window = int(order[position])
+            shard = int(np.searchsorted(self.first, window, side="right")) - 1
+            begin = phases[shard] + (window - int(self.first[shard])) * self.seq_len
+            rows[row] = self.shards[shard][begin : begin + self.seq_len + 1]
+        if count and int(rows.max()) >= self.vocab_size:
+            raise UserError(f"{self.folder} holds token {int(rows.max())}, VOCAB_SIZE={self.vocab_size}; wrong tokenizer?")
+        return torch.from_numpy(rows)
+
+
+class Prefetcher:
+    """Reads the next step's sequences on a thread, into pinned memory, while the device works on this step's."""
+
+    def __init__(self, run: Run, stream: TrainStream, step: int):
+        self.run, self.stream, self.step = run, stream, step
+        self.sequences = run.cfg.train_batch_tokens // run.cfg.train_seq_len
+        self.pool = concurrent.futures.ThreadPoolExecutor(1)
+        self.future = self.pool.submit(self._fetch, step)
+
+    def _fetch(self, step: int) -> Tensor:
+        share = self.run.split(self.sequences)
+        rows = self.stream.batch(step * self.sequences + share.start, len(share))
+        return rows.pin_memory() if self.run.device.type == "cuda" else rows
+
+    def next(self) -> Tensor:
+        """This rank's sequences of the next step on the device: int32 [n, seq_len + 1]."""
+        rows = self.future.result()
+        self.step += 1
+        self.future = self.pool.submit(self._fetch, self.step)
+        return rows.to(self.run.device, non_blocking=True)
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+# ######################################################################################################################
+# 4  Linear maps
+# ######################################################################################################################
+
+
+def orthogonal_(weight: Tensor) -> None:
+    """Random (semi-)orthogonal rows: the start of every map whose output is not added to the residual stream."""
+    nn.init.orthogonal_(weight)
+
+
+INITS: dict[str, Callable[[Tensor], Any]] = {"orthogonal": orthogonal_, "zero": nn.init.zeros_}
+
+
+class DenseLinear(nn.Module):
+    """y = x W^T. Weight fp32 [fan_out, fan_in], cast to the activation's type at use.
+
+    A scale is folded into the weight instead of being applied to activations: scaling 512 rows costs nothing, scaling
+    10^5 tokens and reducing their gradients cost about a tenth of a training step.
+    """
+
+    def __init__(self, fan_in: int, fan_out: int, init: str):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(fan_out, fan_in))
+        INITS[init](self.weight.data)
+        self.tap: Callable[[Tensor], None] | None = None  # sees the input [..., fan_in] while Hessians are collected
+
+    def matrix(self, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+        """The map as a dense matrix; ``scale`` broadcasts against [fan_out, fan_in]."""
+        return (self.weight if scale is None else self.weight * scale).to(dtype)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        return apply_maps(x, (self,), scale)[0]
+
+
+def apply_maps(x: Tensor, maps: tuple[DenseLinear, ...], scale: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Several maps of one input as a single product: [..., fan_in] -> one [..., fan_out] a map."""
+    for linear_map in maps:
+        if linear_map.tap is not None:
+            linear_map.tap(x)
+    matrices = [linear_map.matrix(x.dtype, scale) for linear_map in maps]
+    y = F.linear(x, torch.cat(matrices) if len(matrices) > 1 else matrices[0])
+    return y.split([matrix.shape[0] for matrix in matrices], dim=-1)
+
+
+# kind -> module; a kind is chosen by name, and the name of a map keys whatever is random in it
+LINEAR_KINDS: dict[str, Callable[..., nn.Module]] = {"dense": lambda name, *args: DenseLinear(*args)}
+
+
+def linear(name: str, fan_in: int, fan_out: int, init: str = "orthogonal", kind: str = "dense") -> nn.Module:
+    """The one factory of matrices. ``name`` is the map's full parameter path."""
+    return LINEAR_KINDS[kind](name, fan_in, fan_out, init)
+
+
+# ######################################################################################################################
+# 5  Layers          B batch, T time, D width, H query heads, G key/value heads, K head dimension
+# ######################################################################################################################
+
+
+def norm(x: Tensor) -> Tensor:
+    """Root-mean-square norm over the last axis, no gain; computed in fp32, returned in the input's type."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps)).to(x.dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def rotary_table(length: int, dims: int, base: float, trained: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(cos, sin), fp32 [length, dims/2], angle = position x base^(-2j/dims).
+
+    fp32 matters: in bf16 the positions 0..2047 collapse to 641 distinct ones. Beyond the trained length the base grows
+    as base (length/trained)^(dims/(dims-2)) (NTK-aware scaling).
+    """
+    if length > trained and dims > 2:
+        base = base * (length / trained) ** (dims / (dims - 2))
+    frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+    return angle.cos().float().to(device), angle.sin().float().to(device)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the first dims of each head, pairing dimension j with j + dims/2: fp32 [B, T, H, K] -> the same."""
+    cos, sin = (table[None, :, None, :] for table in rope)
+    half = cos.shape[-1]
+    p, q, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([p * cos + q * sin, q * cos - p * sin, rest], dim=-1)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None) -> Tensor:
+    """torch's own attention with the back end that ``select_attention`` switched on."""
+    mask = None
+    if docs is not None:
+        index = torch.arange(docs.shape[1], device=docs.device)
+        mask = (docs[:, None, :, None] == docs[:, None, None, :]) & (index[:, None] >= index)
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    )
+    return y.transpose(1, 2)
+
+
+def flash3(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None) -> Tensor:
+    """FlashAttention 3, where its package is installed (https://github.com/Dao-AILab/flash-attention)."""
+    from flash_attn_interface import flash_attn_func
+
+    if docs is not None:
+        return sdpa(q, k, v, docs)
+    out = flash_attn_func(q, k, v, causal=True)
+    return out[0] if isinstance(out, tuple) else out
+
+
+ATTENTION = {"fa3": flash3, "cudnn": sdpa, "flash": sdpa, "efficient": sdpa, "math": sdpa}
+
+
+def select_attention(cfg: Config, device: torch.device) -> str:
+    """The attention back end by feature. On a Hopper H100 at 8/4 heads, K = 64, T = 2048, forward and backward ran at
+    313 TFLOP/s with cuDNN, 193 with SDPA's flash kernel and 173 with FlexAttention."""
+    if device.type == "cpu":
+        return "math"
+    name = cfg.attention_backend
+    if name == "auto":
+        hopper = torch.cuda.get_device_capability(device) >= (9, 0)
+        fa3 = importlib.util.find_spec("flash_attn_interface") is not None
+        name = "fa3" if hopper and fa3 else "cudnn" if hopper else "flash"
+    for switch in ("cudnn", "flash"):
+        getattr(torch.backends.cuda, f"enable_{switch}_sdp")(name == switch)
+    return name
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, backend: str) -> Tensor:
+    """Causal grouped-query attention. q [B, T, H, K], k and v [B, T, G, K], docs [B, T] or None -> [B, T, H, K].
+
+    With ``docs`` a position sees only positions of its own document.
+    """
+    return ATTENTION[backend](q, k, v, docs)
+
+
+class ExcludeSelf(nn.Module):
+    """XSA: remove from each head's output its component along that position's own value, y - (y.v^)v^.
+
+    Source: PR #198/#1019 of the challenge. No parameters, one elementwise pass. Not transparent: it is a projection.
+    Without it the residual path carries the copy anyway, and the head is free to bring what others know.
+    """
+
+    def __init__(self, cfg: Config, name: str):
+        super().__init__()
+
+    def forward(self, y: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        groups = v.shape[2]
+        unit = F.normalize(v.float(), dim=-1)[:, :, :, None, :]
+        heads = y.float().unflatten(2, (groups, -1))
+        return (heads - (heads * unit).sum(-1, keepdim=True) * unit).flatten(2, 3).to(y.dtype)
+
+
+class SparseGate(nn.Module):
+    """Gate each head by 2 sigmoid(w_h . x[:12]): sparse attention output gate of PR #1787. Starts at 1 (w = 0)."""
+
+    def __init__(self, cfg: Config, name: str):
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(cfg.num_heads, cfg.attn_gate_dims))
+
+    def forward(self, y: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        score = F.linear(x[..., : self.gate.shape[1]].float(), self.gate)
+        return (y * (2 * torch.sigmoid(score))[..., None]).to(y.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query self-attention with QK norm, partial rotary, a learned gain a head, and output stages."""
+
+    def __init__(self, cfg: Config, layer: LayerSpec, name: str, backend: str):
+        super().__init__()
+        width, kv = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
+        self.head_dim, self.backend = cfg.head_dim, backend
+        self.q = linear(f"{name}.q", width, width)
+        self.k = linear(f"{name}.k", width, kv)
+        self.v = linear(f"{name}.v", width, kv)
+        self.proj = linear(f"{name}.proj", width, width, init="zero")
+        self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
+        self.stages = nn.ModuleList(HEAD_STAGES[stage](cfg, f"{name}.{stage}") for stage in layer.head_stages)
+
+    def forward(self, x: Tensor, rope, docs: Tensor | None, scale_in: Tensor, scale_out: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in apply_maps(x, (self.q, self.k, self.v), scale_in))
+        q = (rotate(norm(q.float()), rope) * self.q_gain[:, None]).to(x.dtype)
+        k = rotate(norm(k.float()), rope).to(x.dtype)
+        y = attend(q, k, v, docs, self.backend)
+        for stage in self.stages:
+            y = stage(y, v, x)
+        return self.proj(y.flatten(2), scale_out[:, None])
+
+
+HEAD_STAGES: dict[str, Callable[[Config, str], nn.Module]] = {"xsa": ExcludeSelf, "sparse": SparseGate}
+
+
+class MLP(nn.Module):
+    """down(leaky_relu(up(x))^2): the squared (leaky) ReLU of Primer and of PR #549 (-0.002 bpb over ReLU^2 there)."""
+
+    def __init__(self, cfg: Config, name: str):
+        super().__init__()
+        hidden = int(cfg.model_dim * cfg.mlp_mult)
+        self.slope = cfg.mlp_slope
+        self.up = linear(f"{name}.up", cfg.model_dim, hidden)
+        self.down = linear(f"{name}.down", hidden, cfg.model_dim, init="zero")
+
+    def forward(self, x: Tensor, scale_in: Tensor, scale_out: Tensor) -> Tensor:
+        return self.down(F.leaky_relu(self.up(x, scale_in), self.slope).square(), scale_out[:, None])
+
+
+class LayerSpec(NamedTuple):
+    """One row of the layer table: what is particular to a physical layer."""
+
+    residual: str
+    head_stages: tuple[str, ...]
+    scale: float
+
+
+def layer_table(cfg: Config) -> list[LayerSpec]:
+    """The columns of the schedule that belong to physical layers, filled in one place."""
+    rows = []
+    for layer in range(cfg.num_layers):
+        parallel = 0 <= cfg.parallel_residual_start <= layer
+        stages = [("xsa", layer >= cfg.num_layers - cfg.xsa_last_n), (cfg.attn_gate, cfg.attn_gate != "none")]
+        rows.append(
+            LayerSpec(
+                residual="parallel" if parallel else "sequential",
+                head_stages=tuple(stage for stage, used in stages if used),
+                scale=1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0,
+            )
+        )
+    return rows
+
+
+class Block(nn.Module):
+    """One physical layer: u = mix(x, x0), then attention and MLP on norm(u), one after the other or side by side.
+
+    Learned: attn_scale and mlp_scale [D] on what is added to the stream (start 1, but the output maps start at zero),
+    resid_mix [2, D] of stream and embedding (start 1 and 0).
+    """
+
+    def __init__(self, cfg: Config, layer: LayerSpec, name: str, backend: str):
+        super().__init__()
+        self.attn = Attention(cfg, layer, f"{name}.attn", backend)
+        self.mlp = MLP(cfg, f"{name}.mlp")
+        self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
+        self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
+        mix = torch.stack([torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim)])
+        self.resid_mix = nn.Parameter(mix) if cfg.resid_mix else None
+        self.residual = layer.residual
+        self.register_buffer("scale", torch.tensor(layer.scale), persistent=False)
+
+    def forward(self, x: Tensor, x0: Tensor, rope, docs: Tensor | None) -> Tensor:
+        if self.resid_mix is not None:
+            x = (self.resid_mix[0] * x + self.resid_mix[1] * x0).to(x.dtype)
+        return RESIDUALS[self.residual](self, x, rope, docs)
+
+
+def sequential(block: Block, u: Tensor, rope, docs: Tensor | None) -> Tensor:
+    h = u + block.attn(norm(u), rope, docs, block.scale, block.attn_scale)
+    return h + block.mlp(norm(h), block.scale, block.mlp_scale)
+
+
+def parallel(block: Block, u: Tensor, rope, docs: Tensor | None) -> Tensor:
+    """GPT-J's form: both branches read the same input (challenge PR #1204: -0.002 to -0.003 bpb)."""
+    n = norm(u)
+    return u + block.attn(n, rope, docs, block.scale, block.attn_scale) + block.mlp(n, block.scale, block.mlp_scale)
+
+
+RESIDUALS = {"sequential": sequential, "parallel": parallel}
+
+
+class SmearGate(nn.Module):
+    """e_t + lambda sigmoid(w . e_t[:12]) e_{t-1}, and nothing across a document's start (PR #1667, masked as in #1851).
+
+    Starts as the identity: lambda = 0.
+    """
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.smear_scale = nn.Parameter(torch.zeros(()))
+        self.smear_gate = nn.Parameter(torch.zeros(cfg.attn_gate_dims))
+
+    def forward(self, e: Tensor, ids: Tensor) -> Tensor:
+        gate = torch.sigmoid((e[:, 1:, : len(self.smear_gate)].float() * self.smear_gate).sum(-1, keepdim=True))
+        inside = (ids[:, 1:] != BOS)[..., None]
+        return e + F.pad((self.smear_scale * gate * inside * e[:, :-1]).to(e.dtype), (0, 0, 1, 0))
+
+
+class NoMixer(nn.Module):
+    """The embedding as it is."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+
+    def forward(self, e: Tensor, ids: Tensor) -> Tensor:
+        return e
+
+
+class GatedSkip(nn.Module):
+    """x <- g x + (1 - g) w s with g = sigmoid(gate): starts as the even mean of stream and skip (gate 0, w 1)."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.skip_weight = nn.Parameter(torch.ones(cfg.model_dim))
+        self.skip_gate = nn.Parameter(torch.zeros(cfg.model_dim))
+
+    def forward(self, x: Tensor, s: Tensor) -> Tensor:
+        gate = torch.sigmoid(self.skip_gate)
+        return (gate * x + (1 - gate) * self.skip_weight * s).to(x.dtype)
+
+
+class AddedSkip(nn.Module):
+    """x <- x + w s, the baseline's skip (w starts at 1)."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.skip_weight = nn.Parameter(torch.ones(cfg.model_dim))
+
+    def forward(self, x: Tensor, s: Tensor) -> Tensor:
+        return (x + self.skip_weight * s).to(x.dtype)
+
+
+SKIPS: dict[str, Callable[[Config], nn.Module]] = {"gated": GatedSkip, "add": AddedSkip}
+
+
+# ######################################################################################################################
+# 6  Depth
+# ######################################################################################################################
+
+
+class Visit(NamedTuple):
+    """One application of a physical layer in the virtual order."""
+
+    layer: int
+    skip_from: int | None  # layer whose kept output joins the stream before this visit
+    keep: bool  # whether a later visit wants this one's output
+
+
+def virtual_order(cfg: Config, looping: bool) -> list[int]:
+    """Physical layer of every visit: the segment LOOP_START..LOOP_END runs 1 + NUM_LOOPS times while looping."""
+    layers = list(range(cfg.num_layers))
+    if not (looping and cfg.loops):
+        return layers
+    segment = layers[cfg.loop_start : cfg.loop_end + 1]
+    return layers[: cfg.loop_start] + segment * (1 + cfg.num_loops) + layers[cfg.loop_end + 1 :]
+
+
+def skip_pairs(cfg: Config) -> dict[int, int]:
+    """Destination -> source of the U-Net skips, by physical layer, so that switching the recurrence on keeps every pair.
+
+    The k-th layer of the second half takes the output of the k-th last of the first. The innermost pair would mix
+    the stream with itself and is left out.
+    """
+    if cfg.skip_kind == "none":
+        return {}
+    half = cfg.num_layers // 2
+    return {half + k: half - 1 - k for k in range(1, half)}
+
+
+def schedule(cfg: Config, looping: bool) -> tuple[Visit, ...]:
+    """The visits of a forward pass. A skip leaves its source's last visit and joins its destination's last visit."""
+    order, pairs = virtual_order(cfg, looping), skip_pairs(cfg)
+    last = {layer: position for position, layer in enumerate(order)}
+    visits = []
+    for position, layer in enumerate(order):
+        final = last[layer] == position
+        source = pairs.get(layer) if final else None
+        visits.append(Visit(layer, source, keep=final and layer in pairs.values()))
+    return tuple(visits)
+
+
+def halves(cfg: Config, looping: bool) -> tuple[list[int], list[int]]:
+    """(encoder, decoder) halves of the virtual order, as the public logs print them."""
+    order = virtual_order(cfg, looping)
+    return order[: len(order) // 2], order[len(order) // 2 :]
+
+
+# ######################################################################################################################
+# 7  Model
+# ######################################################################################################################
+
+
+def identity(function: Callable) -> Callable:
+    return function
+
+
+def compiler(cfg: Config, device: torch.device) -> Callable[[Callable], Callable]:
+    """torch.compile with static shapes on a GPU, nothing on a CPU (where compiling takes longer than a demo)."""
+    if device.type != "cuda" or not cfg.compile:
+        return identity
+    torch._dynamo.config.recompile_limit = 64
+    return functools.partial(torch.compile, fullgraph=True, dynamic=False)
+
+
+class GPT(nn.Module):
+    """The model: embed, walk the schedule, head.
+
+    Only three functions are compiled, whole: the embedding, the block and the head. One graph of the block serves every
+    layer of its kind in both loop states, which is why a cold start takes seconds and not minutes.
+    """
+
+    def __init__(self, cfg: Config, device: torch.device, dtype: torch.dtype):
+        super().__init__()
+        self.cfg, self.dtype = cfg, dtype
+        backend = select_attention(cfg, device)
+        self.embed = nn.Parameter(torch.empty(cfg.vocab_size, cfg.model_dim).normal_(std=cfg.tied_embed_init_std))
+        self.head = None if cfg.tie_embeddings else linear("head", cfg.model_dim, cfg.vocab_size, init="zero")
+        self.mixer = SmearGate(cfg) if cfg.smear_gate else NoMixer(cfg)
+        layers = enumerate(layer_table(cfg))
+        self.blocks = nn.ModuleList(Block(cfg, layer, f"blocks.{i}", backend) for i, layer in layers)
+        self.skips = nn.ModuleDict({f"{s}_{d}": SKIPS[cfg.skip_kind](cfg) for d, s in skip_pairs(cfg).items()})
+        self.schedules = {looping: schedule(cfg, looping) for looping in (False, True)}
+        self.head_tap: Callable[[Tensor], None] | None = None
+        graph = compiler(cfg, device)
+        self.parts = {name: graph(function) for name, function in PARTS.items()}
+        self.to(device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.device
+
+    def head_weight(self) -> Tensor:
+        return self.embed if self.head is None else self.head.weight
+
+    def hidden(self, ids: Tensor, looping: bool) -> Tensor:
+        """ids [B, T] -> the stream before the head's norm [B, T, D]."""
+        cfg, length = self.cfg, ids.shape[1]
+        rope = rotary_table(length, cfg.rope_dims or cfg.head_dim, cfg.rope_base, cfg.train_seq_len, ids.device)
+        docs = (ids == BOS).cumsum(1) if cfg.pack_docs else None
+        x = x0 = self.parts["embed"](self, ids)
+        kept: dict[int, Tensor] = {}
+        for visit in self.schedules[looping]:
+            if visit.skip_from is not None:
+                x = self.parts["skip"](self.skips[f"{visit.skip_from}_{visit.layer}"], x, kept.pop(visit.skip_from))
+            x = self.parts["block"](self.blocks[visit.layer], x, x0, rope, docs)
+            if visit.keep:
+                kept[visit.layer] = x
+        return x
+
+    def forward(self, ids: Tensor, targets: Tensor, looping: bool) -> Tensor:
+        """Nats of every target: ids, targets [B, T] -> fp32 [B, T]."""
+        return self.nll(self.hidden(ids, looping), targets)
+
+    def nll(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Nats of the targets [..., T] given the stream [..., T, D]."""
+        if self.head_tap is not None:
+            self.head_tap(norm(x))
+        return self.parts["nll"](x, self.head_weight(), targets, self.cfg.logit_softcap)
+
+    def logits(self, ids: Tensor, looping: bool) -> Tensor:
+        """fp32 [B, T, V], soft-capped."""
+        return self.parts["logits"](self.hidden(ids, looping), self.head_weight(), self.cfg.logit_softcap)
+
+
+def embed(model: GPT, ids: Tensor) -> Tensor:
+    """Normed embeddings, mixed: [B, T] -> [B, T, D]."""
+    return norm(model.mixer(F.embedding(ids, model.embed).to(model.dtype), ids))
+
+
+def join(skip: nn.Module, x: Tensor, source: Tensor) -> Tensor:
+    return skip(x, source)
+
+
+def head_logits(x: Tensor, weight: Tensor, softcap: float) -> Tensor:
+    """softcap x tanh(z / softcap) of z = norm(x) W^T, in fp32 after the product."""
+    return softcap * torch.tanh(F.linear(norm(x), weight.to(x.dtype)).float() / softcap)
+
+
+def head_nll(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    """Cross-entropy of each target in nats; compiled, the fp32 logits never reach memory."""
+    logits = head_logits(x, weight, softcap)
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+
+
+# What a forward pass calls; each is compiled as a whole on a GPU.
+PARTS: dict[str, Callable] = {
+    "embed": embed,
+    "block": Block.forward,
+    "skip": join,
+    "nll": head_nll,
+    "logits": head_logits,
+}
+
+
+def build_model(cfg: Config, run: Run) -> GPT:
+    """A fresh model; its weights depend on SEED alone (drawn on the CPU, whatever the device)."""
+    torch.manual_seed(cfg.seed)
+    return GPT(cfg, run.device, run.dtype)
+
+
+def flops_per_token(cfg: Config, looping: bool) -> float:
+    """Model FLOPs of a training token: 6 x matrix weights applied (every visit, head included) + 6 T H K a visit."""
+    width, hidden = cfg.model_dim, int(cfg.model_dim * cfg.mlp_mult)
+    layer = width * (2 * width + 2 * cfg.num_kv_heads * cfg.head_dim + 2 * hidden)
+    visits = len(virtual_order(cfg, looping))
+    return 6 * (visits * layer + width * cfg.vocab_size) + 6 * cfg.train_seq_len * width * visits
+
+
+# ######################################################################################################################
+# 8  Optimizers
+# ######################################################################################################################
+
+
+class ParamRow(NamedTuple):
+    """Which optimizer owns the parameters that match, and the knobs of its learning rate and weight decay."""
+
+    pattern: str
+    kind: str
+    lr: str
+    wd: str
+
+
+PARAM_TABLE = (
+    ParamRow(r"embed", "adamw", "tied_embed_lr|embed_lr", "embed_wd"),
+    ParamRow(r"head\.weight", "adamw", "head_lr", "embed_wd"),
+    ParamRow(r"blocks\.\d+\.(attn\.(q|k|v|proj)|mlp\.(up|down))\.weight", "muon", "matrix_lr", "muon_wd"),
+    ParamRow(r".*\.(q_gain|attn_scale|mlp_scale|resid_mix|skip_weight|skip_gate|gate|smear_scale|smear_gate)",
+             "adamw", "scalar_lr", "adam_wd"),
+)  # fmt: skip
+
+
+def owner(name: str, rows: tuple) -> Any:
+    """The one row of a table whose pattern matches the whole name; none or two is a bug in the table."""
+    found = [row for row in rows if re.fullmatch(row.pattern, name)]
+    assert len(found) == 1, f"{name} is matched by {len(found)} rows, must be one"
+    return found[0]
+
+
+# Newton-Schulz polynomials a X + b (X X^T) X + c (X X^T)^2 X, one triple an iteration, the last one repeated.
+MUON_COEFFICIENTS = {
+    "quintic": ((3.4445, -4.7750, 2.0315),),  # Jordan et al., https://kellerjordan.github.io/posts/muon/
+    "polar": (  # Polar Express, Amsel et al. 2025: best for each iteration
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    ),
+}
+
+
+def newton_schulz(g: Tensor, steps: int, coefficients: tuple, dtype: torch.dtype) -> Tensor:
+    """Approximate polar factor of each matrix: [n, r, c] -> [n, r, c] with singular values near 1."""
+    tall = g.shape[-2] > g.shape[-1]
+    x = (g.mT if tall else g).to(dtype)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
+    for step in range(steps):
+        a, b, c = coefficients[min(step, len(coefficients) - 1)]
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def muon_update(g: Tensor, m: Tensor, momentum: float, rows: bool, orthogonalize: Callable[[Tensor], Tensor]) -> Tensor:
+    """Nesterov momentum (m [n, r, c] is updated in place), unit rows (MuonEq-R), polar factor, sqrt(max(1, r/c))."""
+    m.mul_(momentum).add_(g)
+    update = g.add(m, alpha=momentum)
+    if rows:
+        update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+    return orthogonalize(update) * max(1.0, g.shape[-2] / g.shape[-1]) ** 0.5
+
+
+class Bank:
+    """The matrices of one shape, stacked; each rank owns a contiguous share and its momentum.
+
+    Gradients travel once: reduce-scattered to the owners, whose updates are all-gathered.
+    """
+
+    def __init__(self, names: list[str], params: list[nn.Parameter], run: Run):
+        self.names, self.params, self.run = names, params, run
+        self.share = -(-len(params) // run.world_size)
+        shape, device = params[0].shape, params[0].device
+        self.momentum = torch.zeros(self.share, *shape, device=device)
+
+    def gradient(self) -> Tensor:
+        """The sum over ranks of this rank's share of gradients: fp32 [share, r, c]."""
+        grads = torch.stack([param.grad for param in self.params])
+        if self.run.world_size == 1:
+            return grads
+        missing = self.share * self.run.world_size - len(grads)
+        grads = F.pad(grads, (0, 0, 0, 0, 0, missing))
+        if dist.get_backend() == "gloo":  # has no reduce-scatter
+            dist.all_reduce(grads)
+            return grads[self.run.rank * self.share :][: self.share].clone()
+        mine = torch.empty_like(self.momentum)
+        dist.reduce_scatter_tensor(mine, grads)
+        return mine
+
+    def gather(self, mine: Tensor) -> Tensor:
+        """Every rank's share, in the order of ``names``: [n, r, c]."""
+        if self.run.world_size == 1:
+            return mine
+        parts = [torch.empty_like(mine) for _ in range(self.run.world_size)]
+        dist.all_gather(parts, mine.contiguous())
+        return torch.cat(parts)[: len(self.params)]
+
+
+class Optimizers:
+    """Muon for the matrices, AdamW for the rest, one global gradient norm."""
+
+    def __init__(self, model: GPT, run: Run):
+        cfg = run.cfg
+        self.cfg, self.run, self.base = cfg, run, {}
+        groups: dict[ParamRow, dict[str, nn.Parameter]] = {}
+        for name, param in model.named_parameters():
+            groups.setdefault(owner(name, PARAM_TABLE), {})[name] = param
+        cuda = run.device.type == "cuda"
+        self.banks: list[Bank] = []
+        adam = []
+        for row, named in groups.items():
+            lr_name = row.lr.split("|")[0 if cfg.tie_embeddings else -1]
+            lr, wd = getattr(cfg, lr_name), getattr(cfg, row.wd)
+            if row.kind == "muon":
+                self.matrix_lr, self.matrix_wd = lr, wd
+                self.banks = self._stack(named)
+            else:
+                adam.append(dict(params=list(named.values()), lr=lr, base_lr=lr, weight_decay=wd))
+        self.small = [param for group in adam for param in group["params"]]
+        betas = (cfg.beta1, cfg.beta2)
+        self.adam = torch.optim.AdamW(adam, betas=betas, eps=cfg.adam_eps, fused=cuda, foreach=not cuda)
+        coefficients = MUON_COEFFICIENTS[cfg.muon_coefficients]
+        dtype = run.dtype
+        self.orthogonalize = compiler(cfg, run.device)(
+            lambda g: newton_schulz(g, cfg.muon_backend_steps, coefficients, dtype)
+        )
+
+    def _stack(self, named: dict[str, nn.Parameter]) -> list[Bank]:
+        shapes: dict[torch.Size, list[str]] = {}
+        for name, param in named.items():
+            shapes.setdefault(param.shape, []).append(name)
+        return [Bank(names, [named[name] for name in names], self.run) for names in shapes.values()]
+
+    def warm_up(self) -> None:
+        """Compile the orthogonalization of every bank on noise; no state changes."""
+        for bank in self.banks:
+            self.orthogonalize(torch.randn_like(bank.momentum))
+
+    @torch.no_grad()
+    def step(self, lr_scale: float, momentum: float) -> Tensor:
+        """Reduce, clip, update; gradients are cleared. Returns the global gradient norm before clipping."""
+        grads = [bank.gradient() for bank in self.banks]
+        small = [param.grad for param in self.small]
+        if self.run.world_size > 1:
+            flat = self.run.sum(torch.cat([grad.flatten() for grad in small]))
+            pieces = flat.split([grad.numel() for grad in small])
+            torch._foreach_copy_(small, [piece.view_as(grad) for piece, grad in zip(pieces, small, strict=True)])
+        square = self.run.sum(torch.stack([grad.square().sum() for grad in grads]).sum())
+        total = (square + torch.stack(torch._foreach_norm(small)).square().sum()).sqrt()
+        if self.cfg.grad_clip_norm:
+            factor = (self.cfg.grad_clip_norm / (total + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(grads + small, factor)
+        for group in self.adam.param_groups:
+            group["lr"] = group["base_lr"] * lr_scale
+        self.adam.step()
+        for bank, grad in zip(self.banks, grads, strict=True):
+            update = muon_update(grad, bank.momentum, momentum, self.cfg.muon_row_normalize, self.orthogonalize)
+            update = bank.gather(update)
+            torch._foreach_mul_(bank.params, 1 - self.matrix_lr * lr_scale * self.matrix_wd)
+            torch._foreach_add_(bank.params, [u.float() for u in update], alpha=-self.matrix_lr * lr_scale)
+        for param in [*self.small, *(param for bank in self.banks for param in bank.params)]:
+            param.grad = None
+        return total
+
+    def state_dict(self) -> dict:
+        """Whole state, the same for every world size (momentum by parameter name)."""
+        momentum = {}
+        for bank in self.banks:
+            momentum |= dict(zip(bank.names, bank.gather(bank.momentum).cpu(), strict=True))
+        return {"adam": self.adam.state_dict(), "momentum": momentum}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.adam.load_state_dict(state["adam"])
+        for bank in self.banks:
+            first = self.run.rank * bank.share
+            for slot, name in enumerate(bank.names[first : first + bank.share]):
+                bank.momentum[slot] = state["momentum"][name]
+
+
+class Ema:
+    """Exponential average of the weights whose memory grows with the run.
+
+    e <- e + (p - e) / w_t with w_t = min(1 / (1 - EMA_DECAY), EMA_WINDOW_FRAC t). A fixed decay of 0.9965 from step 0
+    remembers the random start: it cost 0.004 bpb in PR #1783 (2,000 steps) and 0.1 in 650-step runs; in 5,000-step runs
+    it gains 0.012. The growing window is that window in long runs and a short one in short runs.
+    """
+
+    def __init__(self, model: GPT, cfg: Config):
+        self.cfg = cfg
+        self.params = dict(model.named_parameters())
+        self.average = {name: param.detach().clone() for name, param in self.params.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after ``step`` (counted from 1) optimizer steps."""
+        if not self.cfg.ema_decay:
+            return
+        longest = 1 / max(1e-9, 1 - self.cfg.ema_decay)
+        window = max(1.0, min(longest, self.cfg.ema_window_frac * step))
+        torch._foreach_lerp_(list(self.average.values()), list(self.params.values()), 1 / window)
+
+
+@contextlib.contextmanager
+def swapped(model: GPT, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model with other weights inside the block, and its own again after it."""
+    own = {name: param.detach().clone() for name, param in model.named_parameters()}
+    try:
+        model.load_state_dict(state)
+        yield
+    finally:
+        model.load_state_dict(own)
+
+
+# ######################################################################################################################
+# 9  Training
+# ######################################################################################################################
+
+
+class Progress(NamedTuple):
+    """Where a run stands: the binding fraction of clock and steps, and whether it is over."""
+
+    fraction: float
+    done: bool
+
+
+def progress(cfg: Config, step: int, seconds: float) -> Progress:
+    """Whichever of the clock (less the reserve) and ITERATIONS binds drives every schedule."""
+    by_steps = step / cfg.iterations if cfg.iterations else 1.0
+    budget = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
+    by_clock = seconds / budget if cfg.max_wallclock_seconds else 0.0
+    fraction = max(by_steps, by_clock)
+    return Progress(min(1.0, fraction), fraction >= 1.0)
+
+
+def lr_scale(cfg: Config, fraction: float) -> float:
+    """1, then linearly down to MIN_LR over the last WARMDOWN_FRAC of the run."""
+    if fraction < 1 - cfg.warmdown_frac:
+        return 1.0
+    left = (1 - fraction) / cfg.warmdown_frac if cfg.warmdown_frac else 1.0
+    return cfg.min_lr + (1 - cfg.min_lr) * left
+
+
+def muon_momentum(cfg: Config, step: int) -> float:
+    """Linear from the start value over the warm-up."""
+    share = min(1.0, step / cfg.muon_momentum_warmup_steps) if cfg.muon_momentum_warmup_steps else 1.0
+    return cfg.muon_momentum_warmup_start + (cfg.muon_momentum - cfg.muon_momentum_warmup_start) * share
+
+
+def looping_at(cfg: Config, fraction: float) -> bool:
+    """Whether the recurrence is on at this fraction of the run."""
+    return cfg.loops and fraction >= cfg.enable_looping_at
+
+
+def micro_sequences(cfg: Config, run: Run) -> int:
+    """Sequences of one forward on one rank: MICRO_BATCH_TOKENS, or the most that free memory should hold.
+
+    A visit keeps about 20 D values a token for the backward pass, the head 3 V (bf16 logits, their gradient, slack).
+    """
+    share = max(1, -(-cfg.train_batch_tokens // cfg.train_seq_len // run.world_size))
+    if cfg.micro_batch_tokens or run.device.type == "cpu":
+        return min(share, max(1, (cfg.micro_batch_tokens or 16384) // cfg.train_seq_len))
+    free = torch.cuda.mem_get_info(run.device)[0]
+    visits = len(virtual_order(cfg, True))
+    token_bytes = 2 * ((10 + 2.5 * cfg.mlp_mult) * cfg.model_dim * visits + 4 * cfg.vocab_size)
+    most = max(1, int(0.85 * free / token_bytes / cfg.train_seq_len))
+    pieces = -(-share // most)
+    return -(-share // pieces)
+
+
+class Trainer:
+    """Model, optimizers, average and data of a run, and the step that moves them."""
+
+    def __init__(self, run: Run):
+        self.run, self.cfg = run, run.cfg
+        self.model = build_model(run.cfg, run)
+        self.optimizers = Optimizers(self.model, run)
+        self.ema = Ema(self.model, run.cfg)
+        self.stream = TrainStream(run.cfg)
+        self.micro = micro_sequences(run.cfg, run)
+        self.step, self.seconds = 0, 0.0
+
+    def accumulate(self, rows: Tensor, looping: bool) -> Tensor:
+        """Forward and backward of this rank's sequences [n, T+1]; returns its share of the step's mean loss."""
+        total = torch.zeros((), device=rows.device)
+        for part in rows.split(self.micro):
+            ids, targets = part[:, :-1].long(), part[:, 1:].long()
+            loss = self.model(ids.contiguous(), targets.contiguous(), looping).sum() / self.cfg.train_batch_tokens
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def warm_up(self) -> None:
+        """Compile every graph and reach peak memory before the clock starts; weights and state stay as they are.
+
+        Halves the micro-batch when memory runs out.
+        """
+        cfg, run = self.cfg, self.run
+        states = (False, True) if cfg.loops and cfg.enable_looping_at < 1 else (False,)
+        for index in range(cfg.warmup_steps):
+            for looping in states:
+                noise = torch.randint(cfg.vocab_size, (self.micro, cfg.train_seq_len + 1), device=run.device)
+                try:
+                    self.accumulate(noise, looping)
+                except torch.OutOfMemoryError:
+                    self._shrink()
+                    return self.warm_up()
+            run.log(f"warmup_step: {index + 1}/{cfg.warmup_steps}")
+        self.optimizers.warm_up()
+        self.model.zero_grad(set_to_none=True)
+        if len(states) == 2:
+            encoder, decoder = halves(cfg, True)
+            run.log(f"loop_warmup:enabled encoder:{encoder} decoder:{decoder}")
+
+    def _shrink(self) -> None:
+        if self.micro == 1:
+            raise UserError("one sequence does not fit into GPU memory; lower TRAIN_SEQ_LEN or MODEL_DIM")
+        self.micro = -(-self.micro // 2)
+        self.model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        self.run.log(f"out of memory: micro-batch halved to {self.micro * self.cfg.train_seq_len} tokens")
+
+    def train_step(self, rows: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+        """One optimizer step. Returns (loss, gradient norm), on the device."""
+        loss = self.accumulate(rows, looping_at(self.cfg, fraction))
+        norm_ = self.optimizers.step(lr_scale(self.cfg, fraction), muon_momentum(self.cfg, self.step))
+        self.step += 1
+        self.ema.update(self.step)
+        return self.run.sum(loss), norm_
+
+    def state_dict(self) -> dict:
+        return {
+            "step": self.step, "seconds": self.seconds, "model": self.model.state_dict(), "ema": self.ema.average,
+            "optimizers": self.optimizers.state_dict(), "config": dataclasses.asdict(self.cfg),
+        }  # fmt: skip
+
+    def save(self) -> None:
+        """Checkpoint to the run folder (every rank takes part, rank 0 writes)."""
+        state = self.state_dict()
+        if self.run.main:
+            save_tensors(self.run.folder / "checkpoint.pt", state)
+        self.run.barrier()
+        self.run.log(f"checkpoint: step {self.step} saved")
+
+    def resume(self) -> None:
+        """Continue from the run folder's checkpoint; the knobs that shape training must be the same."""
+        state = load_tensors(self.run.folder / "checkpoint.pt")
+        known = knobs()
+        for name, value in state["config"].items():
+            group = known[name.upper()].metadata["group"]
+            if group in ("model", "train") and name != "micro_batch_tokens" and getattr(self.cfg, name) != value:
+                raise UserError(f"RESUME=1 but {name.upper()} was {value!r} and is {getattr(self.cfg, name)!r}; set it back")
+        self.model.load_state_dict(state["model"])
+        self.optimizers.load_state_dict(state["optimizers"])
+        for name, tensor in state["ema"].items():
+            self.ema.average[name].copy_(tensor)
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.run.log(f"resume: step {self.step} after {self.seconds:.1f} s of training")
+
+
+class Meter:
+    """Loss, speed and time of the steps, logged one step late so that the device never waits for the host.
+
+    The loss is checked here: a step whose loss or gradient norm is not finite ends the run.
+    """
+
+    def __init__(self, trainer: Trainer, peak: float):
+        self.trainer, self.run, self.cfg, self.peak = trainer, trainer.run, trainer.cfg, peak
+        self.pending: tuple | None = None
+        self.mark: tuple[int, float, bool] | None = None
+        self.speed: dict[bool, list[float]] = {False: [], True: []}
+
+    def push(self, step: int, looping: bool, loss: Tensor, norm_: Tensor) -> None:
+        """Hand in a step just launched; reads the one before it, which has finished or is about to."""
+        event = None
+        values = torch.stack([loss, norm_])
+        if self.run.device.type == "cuda":
+            values = values.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        pending, self.pending = self.pending, (step, looping, values, event)
+        if pending:
+            self._read(*pending)
+
+    def flush(self) -> None:
+        if self.pending:
+            self._read(*self.pending)
+            self.pending = None
+
+    def _read(self, step: int, looping: bool, values: Tensor, event: Any) -> None:
+        if event is not None:
+            event.synchronize()
+        loss, norm_ = values.tolist()
+        if not (math.isfinite(loss) and math.isfinite(norm_)):
+            raise NonFiniteLoss(f"step {step}: loss {loss}, gradient norm {norm_}; lower the learning rates (checkpoint kept)")
+        seconds = self.trainer.clock.read()[0]
+        if step <= 5 or step % self.cfg.train_log_every == 0:
+            self._log(step, looping, loss, norm_, seconds)
+
+    def _log(self, step: int, looping: bool, loss: float, norm_: float, seconds: float) -> None:
+        tokens = self.cfg.train_batch_tokens
+        average = step * tokens / max(seconds, 1e-9)
+        line = f"{step}/{self.cfg.iterations} train_loss: {loss:.4f} train_time: {seconds / 60:.1f}m tok/s: {average:.0f}"
+        now = None
+        if self.mark and self.mark[2] == looping and step > self.mark[0]:
+            now = (step - self.mark[0]) * tokens / max(seconds - self.mark[1], 1e-9)
+            self.speed[looping].append(now)
+            line += f" now: {now:.0f}"
+            if self.peak:
+                line += f" mfu: {self.mfu(now, looping):.3f}"
+        self.mark = (step, seconds, looping)
+        left = self.trainer.seconds_left(step, seconds)
+        self.run.log(f"{line} eta: {left:.0f}s")
+        self.run.event("train", step=step, loss=loss, grad_norm=norm_, seconds=seconds, tokens_per_second=now or average,
+                       looping=looping)  # fmt: skip
+
+    def mfu(self, tokens_per_second: float, looping: bool) -> float:
+        """Model FLOP/s over the card's measured 8192^3 rate, per GPU."""
+        return tokens_per_second * flops_per_token(self.cfg, looping) / self.peak / self.run.world_size
+
+    def summary(self) -> dict[str, Any]:
+        """Median tokens/s and MFU before and after the loop switch."""
+        out = {}
+        for looping, values in self.speed.items():
+            if values:
+                state = "loop_on" if looping else "loop_off"
+                middle = float(np.median(values))
+                out[f"tokens_per_second_{state}"] = middle
+                if self.peak:
+                    out[f"mfu_{state}"] = self.mfu(middle, looping)
+        return out
+
+
+class TrainLoop(Trainer):
+    """The loop around the step: clock, validation, checkpoints, signals."""
+
+    def train(self, peak: float, val: ValStream) -> dict[str, Any]:
+        """Train until the clock or ITERATIONS is spent. Returns what was measured; raises SystemExit on a signal."""
+        run, cfg = self.run, self.cfg
+        self.clock, self.meter = Clock(run, self.seconds), None
+        self.meter = meter = Meter(self, peak)
+        batches = Prefetcher(run, self.stream, self.step)
+        looping, saved = False, time.perf_counter()
+        self.clock.start()
+        try:
+            while True:
+                self.seconds, signalled = self.clock.read()
+                now = progress(cfg, self.step, self.seconds)
+                if signalled or now.done:
+                    break
+                if looping_at(cfg, now.fraction) != looping:
+                    looping = not looping
+                    self._announce_loop(now.fraction)
+                loss, norm_ = self.train_step(batches.next(), now.fraction)
+                meter.push(self.step, looping, loss, norm_)
+                if self._checkpoint_due(saved):
+                    self._off_the_clock(self.save)
+                    saved = time.perf_counter()
+                if cfg.val_loss_every and self.step % cfg.val_loss_every == 0 and self.step < cfg.iterations:
+                    self._off_the_clock(lambda: self._validate(val, looping))  # noqa: B023 - called at once
+            meter.flush()
+        finally:
+            batches.close()
+        self.clock.pause()
+        self.seconds = self.clock.seconds
+        self.save()
+        if signalled:
+            run.log(f"stopped by signal {signalled} at step {self.step}; continue with RESUME=1 RUN_ID={cfg.run_id}")
+            raise SystemExit(128 + signalled)
+        if self.step < cfg.iterations:
+            run.log(f"stopping_early: wallclock_cap train_time: {1e3 * self.seconds:.0f}ms step: {self.step}/{cfg.iterations}")
+        return {"looping": looping, **meter.summary()}
+
+    def release(self) -> None:
+        """Give the device's memory back; the trainer is of no use afterwards."""
+        del self.model, self.optimizers, self.ema
+        if self.run.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def seconds_left(self, step: int, seconds: float) -> float:
+        """Estimated seconds of training left."""
+        fraction = progress(self.cfg, step, seconds).fraction
+        return seconds * (1 - fraction) / max(fraction, 1e-9)
+
+    def _announce_loop(self, fraction: float) -> None:
+        encoder, decoder = halves(self.cfg, True)
+        self.run.log(f"layer_loop:enabled step:{self.step} frac:{fraction:.3f} encoder:{encoder} decoder:{decoder}")
+
+    def _checkpoint_due(self, saved: float) -> bool:
+        cfg = self.cfg
+        by_step = cfg.checkpoint_every and self.step % cfg.checkpoint_every == 0
+        by_time = cfg.checkpoint_seconds and time.perf_counter() - saved > cfg.checkpoint_seconds
+        return bool(by_step or self.run.share(bool(by_time))) if cfg.checkpoint_seconds else bool(by_step)
+
+    def _off_the_clock(self, action: Callable[[], Any]) -> None:
+        self.meter.flush()
+        self.clock.pause()
+        self.seconds = self.clock.seconds
+        action()
+        self.clock.start()
+        self.meter.mark = None
+
+    def _validate(self, val: ValStream, looping: bool) -> None:
+        score = evaluate(self.run, self.model, val, plain_windows(val.targets, self.cfg.eval_seq_len), looping)
+        self.run.log(f"{self.step}/{self.cfg.iterations} val_loss: {score.val_loss:.4f} val_bpb: {score.val_bpb:.4f}")
+        self.run.event("val", step=self.step, **score.row())
+
+
+# ######################################################################################################################
+# 10  Compression
+# ######################################################################################################################
+
+
+class TensorRow(NamedTuple):
+    """How the tensors that match are stored: codec, and the knobs of their integer range and clip."""
+
+    pattern: str
+    codec: str
+    bits: str = ""
+    clip: str = ""
+
+
+TENSOR_PLAN = (
+    TensorRow(r"embed|head\.weight", "int", "embed_bits", "embed_clip_sigmas"),
+    TensorRow(r"blocks\.\d+\..*\.weight", "int", "matrix_bits", "matrix_clip_sigmas"),
+    TensorRow(r".*\.(q_gain|attn_scale|mlp_scale|resid_mix|skip_weight|skip_gate|gate|smear_scale|smear_gate)", "half"),
+)
+
+
+class Quantized(NamedTuple):
+    """A matrix as integers: weight [r, c] = q (int8) x scale (fp16, one a row)."""
+
+    q: Tensor
+    scale: Tensor
+
+    def dense(self) -> Tensor:
+        return self.q.float() * self.scale.float()[:, None]
+
+
+@contextlib.contextmanager
+def tapped(model: GPT, hessians: dict[str, Tensor]) -> Iterator[None]:
+    """While inside, every map adds X^T X of its input X [tokens, fan_in] to ``hessians`` (eager, fp32 sums)."""
+
+    def adder(*names: str) -> Callable[[Tensor], None]:
+        def tap(x: Tensor) -> None:
+            flat = x.detach().flatten(0, -2).float()
+            gram = flat.T @ flat
+            for name in names:
+                hessians[name] = hessians[name] + gram if name in hessians else gram
+
+        return tap
+
+    maps = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, DenseLinear)}
+    parts, model.parts = model.parts, PARTS
+    model.head_tap = adder("embed" if model.head is None else "head.weight")
+    for name, module in maps.items():
+        module.tap = None if name == "head.weight" else adder(name)
+    try:
+        yield
+    finally:
+        model.parts, model.head_tap = parts, None
+        for module in maps.values():
+            module.tap = None
+
+
+@torch.no_grad()
+def collect_hessians(run: Run, model: GPT, rows: Tensor, looping: bool) -> dict[str, Tensor]:
+    """H = X^T X of every quantized map's input, over training sequences rows [n, T+1] and all ranks.
+
+    A looped layer sums over its visits. The tied embedding is measured in its role as the head.
+    """
+    hessians: dict[str, Tensor] = {}
+    share = run.split(len(rows))
+    mine = rows[share.start : share.stop, :-1].to(run.device).long()
+    step = max(1, 32768 // rows.shape[1])
+    with tapped(model, hessians):
+        for part in mine.split(step):
+            model.head_tap(norm(model.hidden(part, looping)))
+    for name in sorted(hessians):
+        hessians[name] = run.sum(hessians[name].clone()) / (len(rows) * (rows.shape[1] - 1))
+    return hessians
+
+
+def cholesky_of_inverse(H: Tensor, percdamp: float) -> Tensor:
+    """Upper Cholesky factor U of H^-1 = U^T U for each damped H [n, c, c]; damping grows where H is too singular."""
+    eye = torch.eye(H.shape[-1], device=H.device)
+    mean = H.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    for factor in (1, 10, 100):
+        damped = H + percdamp * factor * mean * eye
+        L, info = torch.linalg.cholesky_ex(damped)
+        U, info2 = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
+        if not (info.any() or info2.any()):
+            return U
+    raise UserError("a Hessian is singular even with 100 x PERCDAMP; raise PERCDAMP or GPTQ_CALIBRATION_BATCHES")
+
+
+def row_scales(W: Tensor, bits: int, sigmas: float) -> Tensor:
+    """SDClip: scale of each row = sigmas std(row) / (2^(bits-1) - 1), rounded to fp16: [n, r, c] -> fp16 [n, r].
+
+    The floor is fp16's smallest normal number, so that a constant row is stored as zeros, not as 0/0.
+    """
+    scale = sigmas * W.std(dim=-1) / (2 ** (bits - 1) - 1)
+    return scale.clamp(2.0**-14, 60000.0).half()
+
+
+def round_to_nearest(W: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """int8 [n, r, c]."""
+    top = 2 ** (bits - 1) - 1
+    return (W / scale.float()[..., None]).round().clamp(-top, top).to(torch.int8)
+
+
+def gptq(W: Tensor, H: Tensor, scale: Tensor, bits: int, percdamp: float, blocksize: int = 128) -> Tensor:
+    """GPTQ (Frantar et al. 2022) with act-order, for a stack of matrices at once.
+
+    Columns are rounded one after another, by falling diag(H); the error of each is spread over the columns that follow
+    so that the loss tr((W-Q) H (W-Q)^T) stays least. W [n, r, c] fp32, H [n, c, c], scale fp16 [n, r] -> int8 [n, r, c].
+    Cost: c sequential steps for the whole stack, so a model of 66 matrices takes about 4,600 steps, not 50,000.
+    """
+    H = H.clone()
+    diagonal = H.diagonal(dim1=-2, dim2=-1)
+    dead = diagonal <= 0
+    diagonal[dead] = 1.0
+    order = diagonal.argsort(dim=-1, descending=True, stable=True)
+    W = W.masked_fill(dead[:, None, :], 0.0).gather(2, order[:, None, :].expand_as(W))
+    H = H.gather(1, order[:, :, None].expand_as(H)).gather(2, order[:, None, :].expand_as(H))
+    U = cholesky_of_inverse(H, percdamp)
+    step, top = scale.float(), 2 ** (bits - 1) - 1
+    Q = torch.empty_like(W)
+    columns = W.shape[-1]
+    for begin in range(0, columns, blocksize):
+        end = min(begin + blocksize, columns)
+        block, errors = W[:, :, begin:end].clone(), torch.empty_like(W[:, :, begin:end])
+        for j in range(end - begin):
+            i = begin + j
+            w = block[:, :, j]
+            Q[:, :, i] = q = (w / step).round().clamp(-top, top)
+            errors[:, :, j] = error = (w - q * step) / U[:, i, i, None]
+            block[:, :, j + 1 :] -= error[:, :, None] * U[:, i, None, i + 1 : end]
+        W[:, :, end:] -= errors @ U[:, begin:end, end:]
+    return torch.empty_like(Q).scatter_(2, order[:, None, :].expand_as(Q), Q).to(torch.int8)
+
+
+def quantize(cfg: Config, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], coarse: float = 1.0) -> dict:
+    """Every tensor as its row of TENSOR_PLAN says; ``coarse`` multiplies all steps. Without a Hessian: round to nearest."""
+    stored: dict[str, Any] = {}
+    stacks: dict[tuple, list[str]] = {}
+    for name, tensor in state.items():
+        row = owner(name, TENSOR_PLAN)
+        if row.codec == "half":
+            stored[name] = tensor.float().clamp(-60000, 60000).half()
+        else:
+            stacks.setdefault((row, tuple(tensor.shape), name in hessians), []).append(name)
+    for (row, _shape, calibrated), names in stacks.items():
+        bits, sigmas = getattr(cfg, row.bits), getattr(cfg, row.clip) * coarse
+        W = torch.stack([state[name].float() for name in names])
+        scale = row_scales(W, bits, sigmas)
+        if calibrated:
+            q = gptq(W, torch.stack([hessians[name] for name in names]), scale, bits, cfg.percdamp)
+        else:
+            q = round_to_nearest(W, scale, bits)
+        stored |= {name: Quantized(q[i], scale[i]) for i, name in enumerate(names)}
+    return {name: stored[name] for name in state}
+
+
+def entropy_bytes(stored: Mapping[str, Any]) -> float:
+    """Order-0 entropy of every integer tensor, plus two bytes for each fp16 number: what a coder has to reach."""
+    total = 0.0
+    for value in stored.values():
+        if isinstance(value, Quantized):
+            share = torch.bincount(value.q.flatten().to(torch.int64) + 128).double() / value.q.numel()
+            total += float(-(share * share.clamp_min(1e-30).log2()).sum()) * value.q.numel() / 8 + 2 * len(value.scale)
+        else:
+            total += 2 * value.numel()
+    return total
+
+
+class Compressor(NamedTuple):
+    """A lossless coder: encode(data, quick) and decode(data, size), which never yields more than ``size`` bytes."""
+
+    package: str
+    encode: Callable[[bytes, bool], bytes]
+    decode: Callable[[bytes, int], bytes]
+
+
+def brotli_encode(data: bytes, quick: bool) -> bytes:
+    import brotli
+
+    return brotli.compress(data, quality=1 if quick else 11, lgwin=24)
+
+
+def brotli_decode(data: bytes, size: int) -> bytes:
+    import brotli
+
+    decoder, out = brotli.Decompressor(), bytearray()
+    for begin in range(0, len(data), 256):
+        out += decoder.process(data[begin : begin + 256])
+        if len(out) > size:
+            raise ValueError("a stream is longer than declared")
+    return bytes(out)
+
+
+def lzma_decode(data: bytes, size: int) -> bytes:
+    return lzma.LZMADecompressor(memlimit=1 << 30).decompress(data, max_length=size + 1)
+
+
+def zstd_encode(data: bytes, quick: bool) -> bytes:
+    import zstandard
+
+    return zstandard.ZstdCompressor(level=1 if quick else 22).compress(data)
+
+
+def zstd_decode(data: bytes, size: int) -> bytes:
+    import zstandard
+
+    with zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(io.BytesIO(data)) as reader:
+        return reader.read(size + 1)
+
+
+COMPRESSORS = {
+    "brotli": Compressor("brotli", brotli_encode, brotli_decode),
+    "lzma": Compressor("lzma", lambda data, quick: lzma.compress(data, preset=0 if quick else 9), lzma_decode),
+    "zstd": Compressor("zstandard", zstd_encode, zstd_decode),
+}
+
+# The artifact: MAGIC, header length (u32 LE), SHA-256 of all that follows, header (JSON), streams. No pickle, no paths.
+MAGIC = b"PGOLF001"
+CHUNK = 1 << 20  # integers are cut into streams of this many bytes, compressed side by side on all cores
+LIMITS = dict(header=1 << 20, tensors=4096, elements=1 << 28)
+
+
+def planes(data: bytes) -> bytes:
+    """fp16 bytes as all low bytes, then all high bytes: the high ones compress."""
+    return data[0::2] + data[1::2]
+
+
+def interleaved(data: bytes) -> bytes:
+    """The inverse of ``planes``."""
+    out = bytearray(len(data))
+    out[0::2], out[1::2] = data[: (len(data) + 1) // 2], data[(len(data) + 1) // 2 :]
+    return bytes(out)
+
+
+def pack(cfg: Config, stored: Mapping[str, Any], looping: bool, quick: bool = False) -> bytes:
+    """The artifact's bytes. Integers of all tensors form one run, fp16 numbers (scales, small tensors) another."""
+    coder = COMPRESSORS[cfg.compressor]
+    integers, halves_, rows = bytearray(), bytearray(), []
+    for name, value in stored.items():
+        quantized = isinstance(value, Quantized)
+        tensor, half = (value.q, value.scale) if quantized else (value, value)
+        rows.append([name, list(tensor.shape), "int" if quantized else "half"])
+        halves_ += half.cpu().contiguous().numpy().astype("<f2").tobytes()
+        if quantized:
+            integers += tensor.cpu().contiguous().numpy().tobytes()
+    raw = [bytes(integers[i : i + CHUNK]) for i in range(0, len(integers), CHUNK)] + [planes(bytes(halves_))]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        streams = list(pool.map(lambda data: coder.encode(data, quick), raw))
+    settings = {
+        field.name: getattr(cfg, field.name)
+        for field in dataclasses.fields(cfg)
+        if field.metadata["group"] in ("model", "eval") or field.name in ("preset", "compressor", "data_dir", "dataset")
+    }
+    header = dict(
+        config=settings, looping=looping, compressor=cfg.compressor, tensors=rows,
+        integers=len(integers), halves=len(halves_), streams=[len(stream) for stream in streams],
+    )  # fmt: skip
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text = lzma.compress(text, format=lzma.FORMAT_ALONE)
+    body = text + b"".join(streams)
+    return MAGIC + struct.pack("<I", len(text)) + hashlib.sha256(body).digest() + body
+
+
+class Artifact(NamedTuple):
+    """What an artifact holds: configuration (model and evaluation knobs), loop state, stored tensors."""
+
+    config: dict[str, Any]
+    looping: bool
+    stored: dict[str, Any]
+
+    def state(self) -> dict[str, Tensor]:
+        """Dense fp32 weights."""
+        return {name: v.dense() if isinstance(v, Quantized) else v.float() for name, v in self.stored.items()}
+
+
+def unpack(blob: bytes, source: str = "artifact") -> Artifact:
+    """Read an artifact; UserError for every kind of damage, before anything large is allocated."""
+    try:
+        if blob[:8] != MAGIC:
+            raise ValueError("it does not start with PGOLF001")
+        (size,) = struct.unpack("<I", blob[8:12])
+        body = blob[44:]
+        if size > min(len(body), LIMITS["header"]):
+            raise ValueError("the header does not fit")
+        if hashlib.sha256(body).digest() != blob[12:44]:
+            raise ValueError("the checksum differs: it is truncated or altered")
+        header = json.loads(lzma.LZMADecompressor(memlimit=1 << 27).decompress(body[:size], max_length=LIMITS["header"]))
+        return _read_body(header, body[size:])
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{source} is no readable artifact: {error}") from error
+
+
+def _read_body(header: dict, body: bytes) -> Artifact:
+    rows, lengths = header["tensors"], header["streams"]
+    sizes = [math.prod(shape) for _name, shape, _codec in rows]
+    if len(rows) > LIMITS["tensors"] or any(n < 0 for row in rows for n in row[1]) or sum(sizes) > LIMITS["elements"]:
+        raise ValueError("it declares more or larger tensors than any model of 16 MB has")
+    integers = sum(n for n, row in zip(sizes, rows, strict=True) if row[2] == "int")
+    numbers = sum(row[1][0] if row[2] == "int" else n for n, row in zip(sizes, rows, strict=True))
+    chunks = -(-integers // CHUNK)
+    if (header["integers"], header["halves"], len(lengths)) != (integers, 2 * numbers, chunks + 1):
+        raise ValueError("its sizes contradict each other")
+    if sum(lengths) != len(body) or min(lengths) < 0:
+        raise ValueError("its streams do not add up to the file")
+    wanted = [min(CHUNK, integers - CHUNK * i) for i in range(chunks)] + [2 * numbers]
+    ends = np.cumsum(lengths)
+    coder = COMPRESSORS[header["compressor"]]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        jobs = [pool.submit(coder.decode, body[e - n : e], w) for e, n, w in zip(ends, lengths, wanted, strict=True)]
+        parts = [job.result() for job in jobs]
+    if [len(part) for part in parts] != wanted:
+        raise ValueError("a stream has another length than declared")
+    ints = torch.frombuffer(bytearray(b"".join(parts[:-1])) or bytearray(1), dtype=torch.int8)
+    halves_ = torch.frombuffer(bytearray(interleaved(parts[-1])) or bytearray(2), dtype=torch.float16)
+    stored: dict[str, Any] = {}
+    i = h = 0
+    for (name, shape, codec), n in zip(rows, sizes, strict=True):
+        numbers = shape[0] if codec == "int" else n
+        half, h = halves_[h : h + numbers], h + numbers
+        if codec == "int":
+            stored[name], i = Quantized(ints[i : i + n].view(shape), half), i + n
+        else:
+            stored[name] = half.view(shape)
+    return Artifact(header["config"], bool(header["looping"]), stored)
+
+
+class Export(NamedTuple):
+    """A packed model, the multiplier of its steps, and how many times it was packed to find it."""
+
+    blob: bytes
+    stored: dict[str, Any]
+    coarse: float
+    packs: int
+
+
+COARSE_RANGE = (-1.5, 3.5)  # log2 of the multiplier of all quantization steps that fitting may use
+
+
+def fit(cfg: Config, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], looping: bool, code: int) -> Export:
+    """Quantize and pack so that code plus artifact come within 10 KB under SIZE_TARGET.
+
+    All steps share one multiplier 2^x. Away from clipping a weight's entropy falls by one bit an octave, so x follows by
+    a secant from the size just packed; the first guess comes from the order-0 entropy, which needs no coder.
+    """
+    target = cfg.size_target - code
+    weights = sum(t.numel() for name, t in state.items() if owner(name, TENSOR_PLAN).codec == "int")
+    x, best, packs, tried = 0.0, None, 0, []
+    if not cfg.size_target:
+        stored = quantize(cfg, state, hessians)
+        return Export(pack(cfg, stored, looping), stored, 1.0, 1)
+    for _ in range(2):
+        octaves = (1.012 * entropy_bytes(quantize(cfg, state, hessians, 2**x)) - target + 5000) * 8 / weights
+        x = min(max(x + octaves, COARSE_RANGE[0]), COARSE_RANGE[1])
+    while packs < 5:
+        stored = quantize(cfg, state, hessians, 2**x)
+        blob, packs = pack(cfg, stored, looping), packs + 1
+        tried.append((x, len(blob)))
+        if len(blob) <= target and (best is None or len(blob) > len(best.blob)):
+            best = Export(blob, stored, 2**x, packs)
+        if target - 10000 <= len(blob) <= target or (x == COARSE_RANGE[0] and len(blob) <= target):
+            break
+        slope = -weights / 8
+        if len(tried) > 1 and tried[-1][0] != tried[-2][0]:
+            slope = min(-weights / 80, (tried[-1][1] - tried[-2][1]) / (tried[-1][0] - tried[-2][0]))
+        x = min(max(x + (target - 4000 - len(blob)) / slope, COARSE_RANGE[0]), COARSE_RANGE[1])
+    if best is None:
+        raise OverBudget(f"the artifact takes {len(blob)} bytes at the coarsest steps, {target} are left; shrink the model")
+    return best._replace(packs=packs)
+
+
+STUB = "# packed by train_gpt.py pack\n"
+
+
+def packed_script(source: str) -> bytes:
+    """The script as a small self-extracting file: comments and docstrings dropped, LZMA, base85.
+
+    The text is registered with linecache, so that tracebacks, inspect and compilers that read sources still work.
+    """
+    if source.startswith(STUB):
+        return source.encode()
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    plain = ast.unparse(tree)
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0}]
+    data = base64.b85encode(lzma.compress(plain.encode(), format=lzma.FORMAT_RAW, filters=filters)).decode()
+    return (
+        f"{STUB}import base64,linecache,lzma\n"
+        f's=lzma.decompress(base64.b85decode("{data}"),lzma.FORMAT_RAW,None,[{{"id":{lzma.FILTER_LZMA2},"lc":4,"preset":9}}])'
+        '.decode()\nf=__file__+".unpacked"\nlinecache.cache[f]=len(s),None,s.splitlines(True),f\nexec(compile(s,f,"exec"))\n'
+    ).encode()
+
+
+def script_source() -> str:
+    """The text of the script that is running (the packed one, if that is what was started)."""
+    return Path(__file__).read_text(encoding="utf-8")
+
+
+# ######################################################################################################################
+# 11  Evaluation
+# ######################################################################################################################
+
+
+class Score(NamedTuple):
+    """A stage's score over the validation text: nats a target, bits a byte, and what it took."""
+
+    val_loss: float
+    val_bpb: float
+    seconds: float
+    tokens: int
+    bytes: int
+    nll: Tensor  # nats of every target, fp32 [n], on the CPU
+
+    def row(self) -> dict[str, Any]:
+        """Everything but the per-target nats."""
+        return {name: value for name, value in self._asdict().items() if name != "nll"}
+
+
+class Windows(NamedTuple):
+    """Window i reads targets' inputs from position start[i] on and scores the targets lo[i] <= t < hi[i]: int64 [n]."""
+
+    start: np.ndarray
+    lo: np.ndarray
+    hi: np.ndarray
+
+    def pick(self, chosen: Any) -> Windows:
+        return Windows(self.start[chosen], self.lo[chosen], self.hi[chosen])
+
+
+def plain_windows(targets: int, length: int) -> Windows:
+    """Disjoint windows; the last may be short."""
+    start = np.arange(0, targets, length)
+    return Windows(start, start, np.minimum(start + length, targets))
+
+
+def sliding_windows(targets: int, length: int, stride: int) -> Windows:
+    """Every target once, with at least length - stride tokens of context (but the first window's)."""
+    start = np.arange(0, max(1, targets - length + stride), stride)
+    lo = np.where(start == 0, 0, start + length - stride)
+    keep = lo < targets
+    return Windows(start[keep], lo[keep], np.minimum(start + length, targets)[keep])
+
+
+@torch.no_grad()
+def score_windows(run: Run, model: GPT, tokens: Tensor, windows: Windows, looping: bool, nll: Tensor) -> None:
+    """Score this process's windows into nll (fp32 [n], on the device, at the targets' own positions).
+
+    Batches have one static shape: the last is filled up with repeats whose scores are dropped. Windows that score only
+    their last targets go through the head for those alone.
+    """
+    cfg, length = run.cfg, run.cfg.eval_seq_len
+    per = max(1, min(cfg.val_batch_tokens // length, len(windows.start)))
+    index = torch.arange(length, device=run.device)
+    for whole in (True, False):
+        group = windows.pick((windows.lo == windows.start) == whole)
+        offset = 0 if whole or not len(group.start) else int((group.lo - group.start).min())
+        for begin in range(0, len(group.start), per):
+            rows = np.minimum(np.arange(begin, begin + per), len(group.start) - 1)
+            start, lo, hi = (torch.from_numpy(column[rows]).to(run.device) for column in group)
+            place = (start[:, None] + index).clamp(max=len(nll) - 1)
+            hidden = model.hidden(tokens[place].long(), looping)[:, offset:]
+            place = (start[:, None] + index)[:, offset:]
+            nats = model.nll(hidden.contiguous(), tokens[(place + 1).clamp(max=len(nll))].long())
+            mine = (place >= lo[:, None]) & (place < hi[:, None])
+            nll[place[mine]] = nats[mine]
+
+
+def summarize(run: Run, val: ValStream, nll: Tensor, seconds: float) -> Score:
+    """Scores of every rank -> the stage's score. bpb = sum of nats / ln 2 / sum of the text's bytes, in fp64."""
+    nll = run.sum(nll).cpu()
+    nats, size = float(nll.double().sum()), int(val.nbytes.sum())
+    return Score(nats / val.targets, nats / math.log(2) / size, seconds, val.targets, size, nll)
+
+
+def evaluate(run: Run, model: GPT, val: ValStream, windows: Windows, looping: bool) -> Score:
+    """Score a set of windows, split over the ranks; the result does not depend on their number."""
+    with stopwatch(run) as seconds:
+        tokens = val.tokens.to(run.device)
+        nll = torch.zeros(val.targets, device=run.device)
+        share = run.split(len(windows.start))
+        score_windows(run, model, tokens, windows.pick(slice(share.start, share.stop)), looping, nll)
+        return summarize(run, val, nll, seconds())
+
+
+class Ledger(NamedTuple):
+    """For every target: when it was scored, and how many targets (in that order) had been trained on by then."""
+
+    order: np.ndarray
+    trained_before: np.ndarray
+
+    def check(self) -> None:
+        """Law 4: each target scored once, by a state built from strictly earlier-scored targets."""
+        assert np.array_equal(np.sort(self.order), np.arange(len(self.order))), "a target is scored twice or never"
+        assert (self.trained_before <= self.order).all(), "a target was trained on before it was scored"
+
+
+def frozen_ledger(targets: int) -> Ledger:
+    """The ledger of a stage that never trains."""
+    return Ledger(np.arange(targets), np.zeros(targets, np.int64))
+
+
+def adaptable(cfg: Config, model: GPT) -> list[nn.Parameter]:
+    """What test-time training moves; everything else is frozen, so that its gradients are never computed."""
+    layers = range(cfg.loop_start, cfg.loop_end + 1) if cfg.loops else range(cfg.num_layers)
+    chosen = tuple(f"blocks.{layer}." for layer in layers) + ("skips.",)
+    params = []
+    for name, param in model.named_parameters():
+        param.requires_grad_(not cfg.ttt_selective or name.startswith(chosen))
+        params += [param] if param.requires_grad else []
+    return params
+
+
+class TestTimeTrainer:
+    """Score a chunk, then train on it: score-first SGD (PR #461/#549 of the challenge, as in PR #1783).
+
+    Chunk c holds the targets [cC, (c+1)C). Its sliding windows are scored with the weights that have seen chunks < c
+    only; then EPOCHS passes of SGD with momentum over its whole sequences, learning rate lr (1 + cos(pi c/(n-1))) / 2.
+    """
+
+    def __init__(self, run: Run, model: GPT, val: ValStream, looping: bool):
+        self.run, self.cfg, self.model, self.val, self.looping = run, run.cfg, model, val, looping
+        self.tokens = val.tokens.to(run.device)
+        self.windows = sliding_windows(val.targets, self.cfg.eval_seq_len, self.cfg.eval_stride)
+        self.chunk = np.minimum(self.windows.lo, val.targets - 1) // self.cfg.ttt_chunk_tokens
+        self.chunks = int(self.chunk[-1]) + 1
+        self.params = adaptable(self.cfg, model)
+        self.sgd = torch.optim.SGD(self.params, lr=self.cfg.ttt_lr, momentum=self.cfg.ttt_momentum)
+        self.epoch_seconds = self.score_seconds = 0.0
+
+    def score_chunk(self, chunk: int, nll: Tensor) -> None:
+        mine = self.windows.pick(self.chunk == chunk)
+        share = self.run.split(len(mine.start))
+        score_windows(self.run, self.model, self.tokens, mine.pick(slice(share.start, share.stop)), self.looping, nll)
+
+    def sequences(self, chunk: int) -> Tensor:
+        """The chunk's whole sequences, inputs and targets: int64 [s, T+1]."""
+        first, last = chunk * self.cfg.ttt_chunk_tokens, min((chunk + 1) * self.cfg.ttt_chunk_tokens, self.val.targets)
+        length = self.cfg.eval_seq_len
+        starts = torch.arange(first, last - length + 1, length, device=self.run.device)
+        return self.tokens[starts[:, None] + torch.arange(length + 1, device=self.run.device)].long()
+
+    def sgd_step(self, rows: Tensor) -> None:
+        """One step on sequences [s, T+1], split over the ranks and weighted by tokens."""
+        share = self.run.split(len(rows))
+        mine = rows[share.start : share.stop]
+        self.sgd.zero_grad(set_to_none=False)
+        if len(mine):
+            nats = self.model(mine[:, :-1].contiguous(), mine[:, 1:].contiguous(), self.looping)
+            (nats.sum() / (len(rows) * self.cfg.eval_seq_len)).backward()
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+        if self.run.world_size > 1:
+            flat = self.run.sum(torch.cat([grad.flatten() for grad in grads]))
+            for param, piece in zip(self.params, flat.split([p.numel() for p in self.params]), strict=True):
+                param.grad = piece.view_as(param)
+        if self.cfg.ttt_grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.params, self.cfg.ttt_grad_clip)
+        self.sgd.step()
+
+    def adapt(self, chunk: int, epochs: int) -> None:
+        for group in self.sgd.param_groups:
+            group["lr"] = self.cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / max(1, self.chunks - 1)))
+        for _ in range(epochs):
+            for rows in self.sequences(chunk).split(self.cfg.ttt_batch_seqs):
+                self.sgd_step(rows)
+
+    def affordable_epochs(self, chunk: int, left: float) -> int:
+        """Passes that leave time to score the chunks to come, by the times measured so far (0 while none are)."""
+        remaining = self.chunks - chunk - 1
+        spare = 0.95 * left - remaining * self.score_seconds
+        if not self.epoch_seconds:
+            return self.cfg.ttt_epochs if spare > 0 else 0
+        return max(0, min(self.cfg.ttt_epochs, int(spare / remaining / self.epoch_seconds)))
+
+    def evaluate(self, left: float) -> tuple[Score, Ledger]:
+        """Score everything within ``left`` seconds."""
+        run, cfg = self.run, self.cfg
+        run.log(f"ttt:start chunks:{self.chunks} lr:{cfg.ttt_lr} epochs:{cfg.ttt_epochs} params:{sum(p.numel() for p in self.params)}")
+        trained, reach, fewest = np.zeros(self.val.targets, np.int64), 0, cfg.ttt_epochs
+        with stopwatch(run) as seconds:
+            nll = torch.zeros(self.val.targets, device=run.device)
+            for chunk in range(self.chunks):
+                begin = seconds()
+                self.score_chunk(chunk, nll)
+                first, last = (min(c * cfg.ttt_chunk_tokens, self.val.targets) for c in (chunk, chunk + 1))
+                trained[first:last] = reach
+                self.score_seconds = seconds() - begin if chunk else 0.0
+                if chunk == self.chunks - 1:
+                    break
+                begin = seconds()
+                epochs = run.share(self.affordable_epochs(chunk, left - begin))
+                fewest = min(fewest, epochs)
+                self.adapt(chunk, epochs)
+                reach = last if epochs else reach
+                self.epoch_seconds = (seconds() - begin) / epochs if epochs and chunk else self.epoch_seconds
+                if (chunk + 1) % 50 == 0:
+                    run.log(f"ttt:chunk {chunk + 1}/{self.chunks} {seconds():.0f}s")
+            score = summarize(run, self.val, nll, seconds())
+        if fewest < cfg.ttt_epochs:
+            run.log(f"ttt:epochs fell to {fewest} of {cfg.ttt_epochs} to stay inside EVAL_BUDGET_SECONDS={cfg.eval_budget_seconds:g}")
+        for param in self.model.parameters():
+            param.requires_grad_(True)
+        return score, Ledger(np.arange(self.val.targets), trained)
+
+
+class EvalRow(NamedTuple):
+    """A stage of the evaluation of an artifact: whether it runs, and (run, model, val, looping, seconds left) -> result."""
+
+    label: str
+    wanted: Callable[[Config], bool]
+    score: Callable[[Run, GPT, ValStream, bool, float], tuple[Score, Ledger]]
+
+
+def score_plain(run: Run, model: GPT, val: ValStream, looping: bool, left: float) -> tuple[Score, Ledger]:
+    windows = plain_windows(val.targets, run.cfg.eval_seq_len)
+    return evaluate(run, model, val, windows, looping), frozen_ledger(val.targets)
+
+
+def score_sliding(run: Run, model: GPT, val: ValStream, looping: bool, left: float) -> tuple[Score, Ledger]:
+    windows = sliding_windows(val.targets, run.cfg.eval_seq_len, run.cfg.eval_stride)
+    return evaluate(run, model, val, windows, looping), frozen_ledger(val.targets)
+
+
+def score_ttt(run: Run, model: GPT, val: ValStream, looping: bool, left: float) -> tuple[Score, Ledger]:
+    return TestTimeTrainer(run, model, val, looping).evaluate(left)
+
+
+EVALS = (
+    EvalRow("quantized", lambda cfg: True, score_plain),
+    EvalRow("quantized_sliding_window", lambda cfg: cfg.sliding_window_enabled, score_sliding),
+    EvalRow("quantized_ttt", lambda cfg: cfg.ttt_enabled, score_ttt),
+)
+STAGE_NAMES = {"quantized_sliding_window": "sliding", "quantized_ttt": "ttt"}
+
+
+def log_stage(run: Run, label: str, score: Score) -> None:
+    run.log(f"{label} val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f} eval_time:{1e3 * score.seconds:.0f}ms")
+    run.event("stage", label=label, **score.row())
+
+
+def save_scores(path: Path, score: Score, val: ValStream, ledger: Ledger) -> None:
+    """The ledger: nll, nbytes, order and trained_before of every target. A stranger can recompute the score from it."""
+    ledger.check()
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer, nll=score.nll.numpy().astype(np.float32), nbytes=val.nbytes.numpy().astype(np.uint16),
+        order=ledger.order.astype(np.int64), trained_before=ledger.trained_before.astype(np.int64),
+    )  # fmt: skip
+    atomic_write(path, buffer.getvalue())
+
+
+# ######################################################################################################################
+# 12  Commands
+# ######################################################################################################################
+
+
+def prepare_demo(cfg: Config, run: Run) -> None:
+    """PRESET=demo brings its own text: data/prepare.py demo, beside this script, makes it on first use."""
+    if cfg.preset != "demo" or cfg.data_path or cfg.dataset != PRESETS["demo"].values["dataset"]:
+        return
+    if run.main and not data_paths(cfg).folder.is_dir():
+        tool = Path(__file__).parent / "data" / "prepare.py"
+        run.log(f"demo: making a corpus from the documentation on this machine ({tool})")
+        done = subprocess.run([sys.executable, str(tool), "demo", "--data-dir", cfg.data_dir])
+        if done.returncode:
+            raise UserError(f"{tool} demo failed with code {done.returncode}; its message is above")
+    run.barrier()
+
+
+def choose_run_id(cfg: Config) -> str:
+    """RUN_ID; else the newest unfinished folder of this preset when resuming; else a new name."""
+    if cfg.run_id:
+        return cfg.run_id
+    if not cfg.resume:
+        return f"{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    found = glob.glob(str(Path(cfg.runs_dir) / f"{cfg.preset}-*" / "checkpoint.pt"))
+    if not found:
+        raise UserError(f"RESUME=1 but no {cfg.preset} run in {cfg.runs_dir} has a checkpoint; set RUN_ID or start anew")
+    return Path(max(found, key=os.path.getmtime)).parent.name
+
+
+def write_json(path: Path, value: Any) -> None:
+    atomic_write(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def log_header(run: Run, trainer: Trainer, val: ValStream) -> None:
+    """The opening lines of a log, as the community's parsers know them."""
+    cfg = run.cfg
+    run.log(f"Running Python {sys.version.split()[0]} Running PyTorch {torch.__version__}", console=False)
+    run.log("Hyperparameters:", console=False)
+    for name, value in sorted(dataclasses.asdict(cfg).items()):
+        run.log(f"  {name}: {value}", console=False)
+    stream = trainer.stream
+    run.log(f"run: {run.folder} preset: {cfg.preset} device: {run.device} ranks: {run.world_size}")
+    run.log(f"train_shards: {len(stream.shards)} train_tokens: {stream.tokens} windows: {stream.total}")
+    run.log(f"val_tokens: {val.targets} val_bytes: {int(val.nbytes.sum())}")
+    run.log(f"model_params:{sum(p.numel() for p in trainer.model.parameters())}")
+    backend = trainer.model.blocks[0].attn.backend
+    sequences = cfg.train_batch_tokens // cfg.train_seq_len
+    run.log(f"attention: {backend} micro_batch: {trainer.micro} of {sequences} sequences over {run.world_size} ranks")
+    if cfg.max_wallclock_seconds:
+        effective = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
+        run.log(f"gptq:reserving {cfg.gptq_reserve_seconds:g}s, effective={1e3 * effective:.0f}ms")
+
+
+def preflight(run: Run, trainer: Trainer, code: int) -> None:
+    """Law 10: what is needed at the end is tried now, on the untrained model, before the first step."""
+    cfg = run.cfg
+    package = COMPRESSORS[cfg.compressor].package
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"COMPRESSOR={cfg.compressor} needs the package {package}: pip install {package}")
+    if not run.main:
+        return
+    state = trainer.model.state_dict()
+    need = 5 * sum(4 * tensor.numel() for tensor in state.values()) + (64 << 20)
+    free = shutil.disk_usage(run.folder).free
+    if free < need:
+        raise UserError(f"{run.folder} has {free >> 20} MiB free, the run needs {need >> 20}; free some or set RUNS_DIR")
+    noise = torch.Generator().manual_seed(0)
+    state = {n: t.cpu() + 1e-3 * torch.randn(t.shape, generator=noise) * (t.dim() > 1) for n, t in state.items()}
+    stored = quantize(cfg, state, {})
+    back = unpack(pack(cfg, stored, cfg.loops, quick=True)).state()
+    for name, tensor in Artifact({}, False, {n: to_cpu(v) for n, v in stored.items()}).state().items():
+        if not torch.equal(tensor, back[name]):
+            raise UserError(f"preflight: {name} does not survive packing; this is a bug, please report it")
+    least = entropy_bytes(quantize(cfg, state, {}, 2 ** COARSE_RANGE[1] if cfg.size_target else 1.0))
+    if cfg.size_limit and least + code > cfg.size_limit:
+        raise OverBudget(f"the model takes at least {least + code:.0f} bytes, SIZE_LIMIT={cfg.size_limit}; shrink it")
+    run.log(f"preflight: packs and unpacks; code {code} bytes, at least {least + code:.0f} of {cfg.size_limit} in all")
+
+
+def to_cpu(value: Any) -> Any:
+    return Quantized(value.q.cpu(), value.scale.cpu()) if isinstance(value, Quantized) else value.cpu()
+
+
+def pick_weights(run: Run, trainer: TrainLoop, val: ValStream, looping: bool, result: dict) -> dict[str, Tensor]:
+    """Score raw weights and their average, and return those to export: WEIGHTS, or the better on calibration text.
+
+    ``auto`` compares them on training windows that no step has seen (where text is plentiful), never on validation.
+    """
+    cfg, model = run.cfg, trainer.model
+    raw = {name: param.detach().clone() for name, param in model.named_parameters()}
+    candidates = {"raw": raw} | ({"ema": trainer.ema.average} if cfg.ema_decay else {})
+    windows = plain_windows(val.targets, cfg.eval_seq_len)
+    held_out, losses = calibration_rows(trainer), {}
+    for label, state in candidates.items():
+        with swapped(model, state):
+            score = evaluate(run, model, val, windows, looping)
+            losses[label] = mean_loss(run, model, held_out, looping)
+        log_stage(run, "diagnostic pre-quantization " + {"raw": "raw", "ema": "post-ema"}[label], score)
+        result["stages"][label] = score.row()
+    chosen = min(losses, key=losses.get) if cfg.weights == "auto" or cfg.weights not in candidates else cfg.weights
+    run.log(f"weights: {chosen} (loss on calibration text: {', '.join(f'{k} {v:.4f}' for k, v in losses.items())})")
+    result["weights"] = chosen
+    if run.main:
+        save_tensors(run.folder / "model.pt", {label: dict(state) for label, state in candidates.items()})
+    return candidates[chosen]
+
+
+def calibration_rows(trainer: Trainer) -> Tensor:
+    """Training sequences that follow the last step's in the stream: int32 [n, T+1]."""
+    cfg = trainer.cfg
+    count = max(1, cfg.gptq_calibration_batches * cfg.gptq_batch_tokens // cfg.train_seq_len)
+    return trainer.stream.batch(trainer.step * cfg.train_batch_tokens // cfg.train_seq_len, count)
+
+
+@torch.no_grad()
+def mean_loss(run: Run, model: GPT, rows: Tensor, looping: bool) -> float:
+    """Mean nats a token over sequences [n, T+1]."""
+    total = torch.zeros((), dtype=torch.float64, device=run.device)
+    share = run.split(len(rows))
+    for part in rows[share.start : share.stop].split(max(1, 32768 // rows.shape[1])):
+        part = part.to(run.device).long()
+        total += model(part[:, :-1].contiguous(), part[:, 1:].contiguous(), looping).double().sum()
+    return float(run.sum(total)) / (len(rows) * (rows.shape[1] - 1))
+
+
+def export(run: Run, trainer: TrainLoop, state: dict[str, Tensor], looping: bool, code: int, result: dict) -> Path:
+    """Hessians, quantization, packing: writes final_model.ptz and returns its path. Raises OverBudget."""
+    cfg, path = run.cfg, run.folder / "final_model.ptz"
+    hessians: dict[str, Tensor] = {}
+    if cfg.gptq:
+        run.log("GPTQ:collecting Hessians from calibration data...")
+        with stopwatch(run) as seconds, swapped(trainer.model, state):
+            hessians = collect_hessians(run, trainer.model, calibration_rows(trainer), looping)
+            result["hessian_seconds"] = seconds()
+        run.log(f"GPTQ:collected {len(hessians)} Hessians in {result['hessian_seconds']:.1f}s")
+    if run.main:
+        with stopwatch(run) as seconds:
+            packed = fit(cfg, state, hessians, looping, code)
+            result["quantize_pack_seconds"] = seconds()
+        atomic_write(path, packed.blob)
+        total = len(packed.blob) + code
+        ideal = entropy_bytes(packed.stored)
+        run.log(f"Quantized weights: step multiplier {packed.coarse:.3f}, packed {packed.packs} times, "
+                f"entropy {ideal:.0f} bytes, {result['quantize_pack_seconds']:.1f}s")  # fmt: skip
+        run.log(f"Serialized model quantized+{cfg.compressor}: {len(packed.blob)} bytes")
+        run.log(f"Total submission size quantized+{cfg.compressor}: {total} bytes")
+        result |= dict(artifact_bytes=len(packed.blob), code_bytes=code, total_bytes=total, step_multiplier=packed.coarse)
+        if cfg.size_limit and total > cfg.size_limit:
+            raise OverBudget(f"code and artifact take {total} bytes, SIZE_LIMIT={cfg.size_limit}; set SIZE_TARGET or shrink")
+    run.barrier()
+    return path
+
+
+def fresh_eval(run: Run, script: Path, artifact: Path) -> dict[str, Any]:
+    """Law 6: score the packed file with the packed script, in a fresh process a rank. Returns its eval.json."""
+    env = environment()
+    for name in [name for name in env if name.startswith("TORCHELASTIC_")]:
+        del env[name]
+    env["RUN_ID"], env["RESUME"] = run.cfg.run_id, "0"
+    if run.world_size > 1:
+        env["MASTER_PORT"] = str(run.share(free_port() if run.main else 0))
+    done = subprocess.run([sys.executable, str(script), "eval", str(artifact)], env=env)
+    if done.returncode:
+        raise UserError(f"the evaluation of {artifact} failed with code {done.returncode}; its message is above")
+    run.barrier()
+    return json.loads((artifact.parent / "eval.json").read_text(encoding="utf-8")) if run.main else {}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def stage_table(stages: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, int]) -> str:
+    """The table that ends a run: one row a stage."""
+    lines = [f"{'stage':<12}{'val_bpb':>10}{'val_loss':>10}{'seconds':>9}{'tokens':>11}{'text bytes':>12}{'file bytes':>12}"]
+    for name, row in stages.items():
+        size = sizes.get(name, sizes["float"])
+        lines.append(f"{name:<12}{row['val_bpb']:>10.4f}{row['val_loss']:>10.4f}{row['seconds']:>9.1f}"
+                     f"{row['tokens']:>11}{row['bytes']:>12}{size:>12}")  # fmt: skip
+    return "\n".join(lines)
+
+
+def setup_folder(run: Run) -> tuple[Path, int]:
+    """Open the run folder, keep the script that runs and its packed form. Returns (packed script, its bytes)."""
+    run.open(Path(run.cfg.runs_dir) / run.cfg.run_id)
+    script = run.folder / "train_gpt_packed.py"
+    packed = packed_script(script_source())
+    if run.main:
+        atomic_write(run.folder / "train_gpt.py", script_source().encode())
+        atomic_write(script, packed)
+        write_json(run.folder / "config.json", dataclasses.asdict(run.cfg))
+    run.barrier()
+    return script, len(packed)
+
+
+def train_command(cfg: Config, launch: Launch, warnings: list[str], began: float) -> None:
+    """The whole path: data, preflight, training, export, and the evaluation of the packed file by a fresh process."""
+    run = Run(cfg, launch)
+    run.cfg = cfg = dataclasses.replace(cfg, run_id=run.share(choose_run_id(cfg)))
+    script, code = setup_folder(run)
+    for line in warnings:
+        run.log(f"warning: {line}")
+    prepare_demo(cfg, run)
+    val = load_validation(cfg, load_tokenizer(cfg))
+    trainer = TrainLoop(run)
+    result: dict[str, Any] = dict(
+        run_id=cfg.run_id, preset=cfg.preset, seed=cfg.seed, world_size=run.world_size, torch_version=torch.__version__,
+        device=torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu", git_sha=git_sha(),
+        config=dataclasses.asdict(cfg), status="running", stages={},
+    )  # fmt: skip
+    log_header(run, trainer, val)
+    preflight(run, trainer, code)
+    if cfg.resume and (run.folder / "checkpoint.pt").exists():
+        trainer.resume()
+    run.watch_signals()
+    peak = peak_matmul_flops(run.device)
+    trainer.warm_up()
+    run.synchronize()
+    result["startup_seconds"] = time.time() - began
+    run.log(f"startup: {result['startup_seconds']:.1f}s from launch to the first step")
+    trained = trainer.train(peak, val)
+    looping = trained.pop("looping")
+    result |= trained | dict(steps=trainer.step, train_seconds=trainer.seconds, matmul_flops=peak, looping=looping)
+    result["tokens_per_second"] = trainer.step * cfg.train_batch_tokens / max(trainer.seconds, 1e-9)
+    if run.device.type == "cuda":
+        result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+        reserved = torch.cuda.max_memory_reserved()
+        run.log(f"peak memory allocated: {result['peak_memory_bytes'] >> 20} MiB reserved: {reserved >> 20} MiB")
+    state = pick_weights(run, trainer, val, looping, result)
+    artifact = export(run, trainer, state, looping, code, result)
+    finish(run, trainer, script, artifact, result)
+
+
+def finish(run: Run, trainer: TrainLoop, script: Path, artifact: Path, result: dict[str, Any]) -> None:
+    """Free the device, score the packed file, write result.json and the table."""
+    params = sum(p.numel() for p in trainer.model.parameters())
+    trainer.release()
+    scored = fresh_eval(run, script, artifact)
+    if not run.main:
+        return
+    result["stages"] |= scored["stages"]
+    result |= dict(status="done", eval_seconds=scored["seconds"])
+    write_json(run.folder / "result.json", result)
+    total = result["total_bytes"]
+    sizes = {"float": 4 * params} | {name: total for name in scored["stages"]}
+    run.log(stage_table(result["stages"], sizes))
+    (run.folder / "DONE").touch()
+
+
+def eval_command(path: Path, env: Mapping[str, str], launch: Launch) -> None:
+    """Score an artifact: it brings its model's configuration, the environment may change the evaluation's."""
+    try:
+        blob = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    artifact = unpack(blob, str(path))
+    began = time.time()
+    own = {field.name for field in dataclasses.fields(Config) if field.metadata["group"] == "model"}
+    cfg, _ = read_config({name: text for name, text in env.items() if name.lower() not in own}, base=artifact.config)
+    run = Run(cfg, launch)
+    run.open(path.parent)
+    val = load_validation(cfg, load_tokenizer(cfg))
+    model = build_model(cfg, run)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = artifact.state()
+    if {name: tuple(tensor.shape) for name, tensor in state.items()} != wanted:
+        raise UserError(f"{path} holds other tensors than its configuration asks for; it was made by another version")
+    model.load_state_dict(state)
+    stages: dict[str, Any] = {}
+    for row in EVALS:
+        if not row.wanted(cfg):
+            continue
+        score, ledger = row.score(run, model, val, artifact.looping, cfg.eval_budget_seconds - (time.time() - began))
+        log_stage(run, row.label, score)
+        stages[STAGE_NAMES.get(row.label, row.label)] = score.row()
+    if run.main:
+        if cfg.save_scores:
+            save_scores(path.parent / "scores.npz", score, val, ledger)
+        write_json(path.parent / "eval.json", dict(stages=stages, seconds=time.time() - began))
+    run.log(f"total_eval_time:{time.time() - began:.1f}s")
+
+
+def describe_command(cfg: Config) -> None:
+    """The plan of a run: settings, schedule, parameters by owner, bytes, FLOPs. Needs no data and no GPU."""
+    print(f"preset {cfg.preset}: {PRESETS[cfg.preset].text}\n")
+    for name, field in knobs().items():
+        value = getattr(cfg, field.name)
+        if value != field.default:
+            print(f"  {name}={int(value) if isinstance(value, bool) else value}")
+    for looping in (False, True) if cfg.loops else (False,):
+        encoder, decoder = halves(cfg, looping)
+        print(f"\nloop {'on' if looping else 'off'}: {len(encoder) + len(decoder)} visits {encoder} {decoder}")
+        skips = ", ".join(f"{v.skip_from}->{v.layer}" for v in schedule(cfg, looping) if v.skip_from is not None)
+        print(f"  skips {skips or 'none'}; {flops_per_token(cfg, looping) / 1e6:.0f} MFLOP a training token")
+    with torch.device("meta"):
+        model = GPT(cfg, torch.device("meta"), torch.float32)
+    rows: dict[tuple, int] = {}
+    for name, param in model.named_parameters():
+        key = (owner(name, PARAM_TABLE), owner(name, TENSOR_PLAN))
+        rows[key] = rows.get(key, 0) + param.numel()
+    print(f"\n{'parameters':>12}  {'optimizer':<8}{'lr':<14}{'codec':<6}bytes at 3.4 bits a matrix weight, 4.7 an embedding's")
+    for (optimizer, stored), count in rows.items():
+        bits = {"half": 16, "int": 4.7 if stored.bits == "embed_bits" else 3.4}[stored.codec]
+        print(f"{count:>12}  {optimizer.kind:<8}{optimizer.lr.split('|')[0]:<14}{stored.codec:<6}{count * bits / 8:.0f}")
+    print(f"{sum(rows.values()):>12}  in all; script packed: {len(packed_script(script_source()))} bytes")
+
+
+def pack_command(target: Path) -> None:
+    """Write the self-extracting script whose bytes count."""
+    atomic_write(target, packed_script(script_source()))
+    print(f"{target}: {target.stat().st_size} bytes")
+
+
+def command(arguments: list[str], env: Mapping[str, str], began: float) -> None:
+    """Dispatch: train (default), eval ARTIFACT, describe, pack [TARGET], --help."""
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("train", [])
+    if name in ("-h", "--help", "help"):
+        print(help_text())
+    elif name == "eval" and len(rest) == 1:
+        eval_command(Path(rest[0]), env, read_launch(env))
+    elif name == "pack" and len(rest) <= 1:
+        pack_command(Path(rest[0] if rest else "train_gpt_packed.py"))
+    elif name == "describe" and not rest:
+        describe_command(read_config(env)[0])
+    elif name == "train" and not rest:
+        cfg, warnings = read_config(env)
+        train_command(cfg, read_launch(env), warnings, began)
+    else:
+        raise UserError(f"unknown command {' '.join(arguments)}; use train, eval ARTIFACT, describe, pack [FILE] or --help")
+
+
+def main() -> int:
+    """Exit codes: 0 done, 2 bad configuration or input, 3 non-finite loss, 4 over the byte budget, 130/143 on signals."""
+    began = time.time()
+    try:
+        command(sys.argv[1:], environment(), began)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.code
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

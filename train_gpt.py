@@ -53,7 +53,6 @@ import struct
 import subprocess
 import sys
 import time
-import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,9 +111,9 @@ class Config:
     data_dir: str = knob("data", "./data", "holds datasets/, tokenizers/ and manifest.json (see data/prepare.py)")
     dataset: str = knob("data", "", "folder under DATA_DIR/datasets; empty: fineweb10B_sp{VOCAB_SIZE}")
     data_path: str = knob("data", "", "folder of the shards; overrides DATA_DIR and DATASET")
-    tokenizer_path: str = knob("data", "", "SentencePiece model; empty: DATA_DIR/tokenizers/fineweb_{VOCAB_SIZE}_bpe.model")
+    tokenizer_path: str = knob("data", "", "SentencePiece model; empty: fineweb_{VOCAB_SIZE}_bpe.model under DATA_DIR")
     train_shards: int = knob("data", 0, "use only the first N training shards; 0: all", lo=0)
-    val_tokens_limit: int = knob("data", 0, "score only the first N validation tokens (never for a reported score)", lo=0)
+    val_tokens_limit: int = knob("data", 0, "score the first N validation tokens only (never in a report)", lo=0)
 
     vocab_size: int = knob("model", 8192, "pieces of the tokenizer", lo=8, hi=65536)
     num_layers: int = knob("model", 11, "physical layers", lo=1)
@@ -152,6 +151,7 @@ class Config:
     train_batch_tokens: int = knob("train", 786432, "tokens of one optimizer step, over all ranks", lo=2)
     micro_batch_tokens: int = knob("train", 0, "tokens of one forward on one rank; 0: from free memory", lo=0)
     warmup_steps: int = knob("train", 1, "throw-away steps that compile every graph before the clock", lo=0)
+    lr_warmup_steps: int = knob("train", 0, "steps over which all learning rates rise from 0", lo=0)
     warmdown_frac: float = knob("train", 0.72, "last part of the run, over which the learning rate falls", lo=0, hi=1)
     min_lr: float = knob("train", 0.0, "floor of the learning rate multiplier", lo=0, hi=1)
     enable_looping_at: float = knob("train", 0.35, "fraction of the run at which the recurrence is switched on", lo=0)
@@ -174,7 +174,7 @@ class Config:
     muon_row_normalize: bool = knob("train", True, "unit rows before the orthogonalization (MuonEq-R)")
     grad_clip_norm: float = knob("train", 0.3, "global gradient norm; 0: no clipping", lo=0)
     ema_decay: float = knob("train", 0.9965, "longest memory of the weight average; 0: no average", lo=0, hi=1)
-    ema_window_frac: float = knob("train", 0.06, "memory of the average as a fraction of the steps done so far", lo=0, hi=1)
+    ema_window_frac: float = knob("train", 0.02, "memory of the average over the steps done so far", lo=0, hi=1)
     train_log_every: int = knob("train", 500, "steps between train_loss lines", lo=1)
     val_loss_every: int = knob("train", 4000, "steps between validations (off the clock); 0: only at the end", lo=0)
 
@@ -239,31 +239,91 @@ PRESETS: dict[str, Preset] = {
     "naive": Preset(
         "the challenge's baseline: 9x512, squared ReLU MLP x2, Muon and AdamW, no recurrence. Differs: our exporter.",
         dict(
-            vocab_size=1024, num_layers=9, mlp_mult=2.0, mlp_slope=0.0, rope_dims=0, qk_gain_init=1.5, xsa_last_n=0,
-            ln_scale=False, skip_kind="add", parallel_residual_start=-1, num_loops=0, train_seq_len=1024,
-            eval_seq_len=1024, train_batch_tokens=524288, warmdown_frac=0.09, matrix_lr=0.04, scalar_lr=0.04,
-            tied_embed_lr=0.05, muon_wd=0.0, embed_wd=0.0, adam_wd=0.0, muon_momentum=0.95,
-            muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=500, muon_row_normalize=False,
-            grad_clip_norm=0.0, ema_decay=0.0, matrix_bits=8, ttt_enabled=False,
+            vocab_size=1024,
+            num_layers=9,
+            mlp_mult=2.0,
+            mlp_slope=0.0,
+            rope_dims=0,
+            qk_gain_init=1.5,
+            xsa_last_n=0,
+            ln_scale=False,
+            skip_kind="add",
+            parallel_residual_start=-1,
+            num_loops=0,
+            train_seq_len=1024,
+            eval_seq_len=1024,
+            train_batch_tokens=524288,
+            warmdown_frac=0.09,
+            matrix_lr=0.04,
+            scalar_lr=0.04,
+            tied_embed_lr=0.05,
+            muon_wd=0.0,
+            embed_wd=0.0,
+            adam_wd=0.0,
+            muon_momentum=0.95,
+            muon_momentum_warmup_start=0.85,
+            muon_momentum_warmup_steps=500,
+            muon_row_normalize=False,
+            grad_clip_norm=0.0,
+            ema_decay=0.0,
+            matrix_bits=8,
+            ttt_enabled=False,
         ),
     ),  # fmt: skip
     "demo": Preset(
         "a small model on text found on this machine; every stage, minutes on a laptop, no GPU, no download",
         dict(
-            dataset="demo_sp1024", tokenizer_path="{data_dir}/tokenizers/demo_1024_bpe.model", vocab_size=1024,
-            num_layers=6, model_dim=128, num_heads=4, num_kv_heads=2, mlp_mult=3.0, parallel_residual_start=3,
-            num_loops=1, loop_start=2, loop_end=3, xsa_last_n=6, train_seq_len=256, eval_seq_len=256, iterations=300,
-            max_wallclock_seconds=0.0, train_batch_tokens=4096, micro_batch_tokens=4096, matrix_lr=0.04,
-            muon_momentum=0.95, muon_momentum_warmup_steps=100, train_log_every=20, val_loss_every=100,
-            checkpoint_every=50, size_target=0, gptq_batch_tokens=4096, gptq_calibration_batches=8, eval_stride=128,
-            val_batch_tokens=8192, ttt_enabled=True, ttt_chunk_tokens=8192, ttt_epochs=1,
+            dataset="demo_sp1024",
+            tokenizer_path="{data_dir}/tokenizers/demo_1024_bpe.model",
+            vocab_size=1024,
+            num_layers=6,
+            model_dim=128,
+            num_heads=4,
+            num_kv_heads=2,
+            mlp_mult=3.0,
+            parallel_residual_start=3,
+            num_loops=1,
+            loop_start=2,
+            loop_end=3,
+            xsa_last_n=6,
+            train_seq_len=256,
+            eval_seq_len=256,
+            iterations=300,
+            max_wallclock_seconds=0.0,
+            train_batch_tokens=4096,
+            micro_batch_tokens=4096,
+            matrix_lr=0.04,
+            muon_momentum=0.95,
+            muon_momentum_warmup_steps=100,
+            train_log_every=20,
+            val_loss_every=100,
+            checkpoint_every=50,
+            size_target=0,
+            gptq_batch_tokens=4096,
+            gptq_calibration_batches=8,
+            eval_stride=128,
+            val_batch_tokens=8192,
+            ttt_enabled=True,
+            ttt_chunk_tokens=8192,
+            ttt_epochs=1,
         ),
     ),  # fmt: skip
 }
 
 # Names that other tools put into the environment and that look like ours.
 FOREIGN_NAMES = {"MODEL_DIR", "NUM_THREADS", "DATA_ROOT", "NUM_WORKERS", "MAX_JOBS", "RUN_DIR", "TRAIN_DIR", "DEVICES"}
-FOREIGN_FAMILIES = ("NCCL_", "CUDA_", "SLURM_", "HF_", "TORCH_", "TORCHINDUCTOR_", "OMP_", "MKL_", "PYTHON", "GPTQMODEL_")
+FOREIGN_FAMILIES = (
+    "NCCL_",
+    "CUDA_",
+    "SLURM_",
+    "HF_",
+    "TORCH_",
+    "TORCHINDUCTOR_",
+    "OMP_",
+    "MKL_",
+    "PYTHON",
+    "GPTQMODEL_",
+)
 
 CHECKS: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda c: c.model_dim % c.num_heads == 0, "MODEL_DIM={model_dim} must be a multiple of NUM_HEADS={num_heads}"),
@@ -276,7 +336,7 @@ CHECKS: tuple[tuple[Callable[[Config], bool], str], ...] = (
      "LOOP_START={loop_start} <= LOOP_END={loop_end} < NUM_LAYERS={num_layers} must hold (or set NUM_LOOPS=0)"),
     (lambda c: c.train_batch_tokens % c.train_seq_len == 0,
      "TRAIN_BATCH_TOKENS={train_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={train_seq_len}"),
-    (lambda c: c.eval_stride <= c.eval_seq_len, "EVAL_STRIDE={eval_stride} must not exceed EVAL_SEQ_LEN={eval_seq_len}"),
+    (lambda c: c.eval_stride <= c.eval_seq_len, "EVAL_STRIDE={eval_stride} must be at most EVAL_SEQ_LEN={eval_seq_len}"),
     (lambda c: c.ttt_chunk_tokens % c.eval_stride == 0,
      "TTT_CHUNK_TOKENS={ttt_chunk_tokens} must be a multiple of EVAL_STRIDE={eval_stride}"),
     (lambda c: c.attn_gate_dims <= c.model_dim,
@@ -326,7 +386,9 @@ def unknown_names(env: Mapping[str, str]) -> list[str]:
         if close := difflib.get_close_matches(name, known, n=1, cutoff=0.86):
             raise UserError(f"{name} is no knob; did you mean {close[0]}? (ALLOW_ENV={name} lets it pass)")
         if "_" in name and name.split("_")[0] in families:
-            warnings.append(f"{name} is no knob of this script and has no effect (python train_gpt.py --help lists them)")
+            warnings.append(
+                f"{name} is no knob of this script and has no effect (python train_gpt.py --help lists them)"
+            )
     if warnings and env.get("STRICT_ENV") == "1":
         raise UserError(f"STRICT_ENV=1: {warnings[0]}")
     return warnings
@@ -635,8 +697,12 @@ class DataPaths(NamedTuple):
 
 def data_paths(cfg: Config) -> DataPaths:
     root = Path(cfg.data_dir)
-    folder = Path(cfg.data_path) if cfg.data_path else root / "datasets" / (cfg.dataset or f"fineweb10B_sp{cfg.vocab_size}")
-    tokenizer = cfg.tokenizer_path.format(data_dir=cfg.data_dir) or str(root / f"tokenizers/fineweb_{cfg.vocab_size}_bpe.model")
+    folder = (
+        Path(cfg.data_path) if cfg.data_path else root / "datasets" / (cfg.dataset or f"fineweb10B_sp{cfg.vocab_size}")
+    )
+    tokenizer = cfg.tokenizer_path.format(data_dir=cfg.data_dir) or str(
+        root / f"tokenizers/fineweb_{cfg.vocab_size}_bpe.model"
+    )
     return DataPaths(folder, Path(tokenizer), root / "manifest.json")
 
 
@@ -644,7 +710,9 @@ def shard_paths(folder: Path, split: str) -> list[Path]:
     """Sorted shards of a split (train, val or val_bytes); UserError when a needed one is missing."""
     names = sorted(glob.glob(str(folder / f"fineweb_{split}_[0-9]*.bin")))
     if not names and split != "val_bytes":
-        raise UserError(f"no fineweb_{split}_*.bin in {folder}; make shards with data/prepare.py or set DATA_DIR, DATA_PATH")
+        raise UserError(
+            f"no fineweb_{split}_*.bin in {folder}; make shards with data/prepare.py or set DATA_DIR, DATA_PATH"
+        )
     return [Path(name) for name in names]
 
 
@@ -662,10 +730,14 @@ def load_tokenizer(cfg: Config) -> Any:
     except RuntimeError:
         raise UserError(f"{paths.tokenizer} is no SentencePiece model; set TOKENIZER_PATH") from None
     if pieces.vocab_size() != cfg.vocab_size:
-        raise UserError(f"VOCAB_SIZE={cfg.vocab_size} but {paths.tokenizer} has {pieces.vocab_size()} pieces; set either")
+        raise UserError(
+            f"VOCAB_SIZE={cfg.vocab_size} but {paths.tokenizer} has {pieces.vocab_size()} pieces; set either"
+        )
     wanted = tokenizer_sha256(paths)
     if wanted and wanted != hashlib.sha256(blob).hexdigest():
-        raise UserError(f"{paths.tokenizer} is not the tokenizer that made {paths.folder} (SHA-256 differs from the manifest)")
+        raise UserError(
+            f"{paths.tokenizer} is not the tokenizer that made {paths.folder} (SHA-256 differs from the manifest)"
+        )
     return pieces
 
 
@@ -744,7 +816,9 @@ def load_validation(cfg: Config, pieces: Any) -> ValStream:
     if len(tokens) < 2:
         raise UserError(f"the validation text in {folder} has {len(tokens)} tokens; prepare it again")
     if int(tokens.max()) >= cfg.vocab_size:
-        raise UserError(f"{folder} holds token {int(tokens.max())}, VOCAB_SIZE={cfg.vocab_size}; wrong shards or tokenizer")
+        raise UserError(
+            f"{folder} holds token {int(tokens.max())}, VOCAB_SIZE={cfg.vocab_size}; wrong shards or tokenizer"
+        )
     table = byte_table(pieces)
     counted = table.count(tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64))
     check_bytes(pieces, tokens, counted)
@@ -763,7 +837,9 @@ def check_bytes(pieces: Any, tokens: np.ndarray, counted: np.ndarray, documents:
         text = pieces.decode(tokens[begin + 1 : end].tolist())
         got, want = int(counted[begin : end - 1].sum()), len(text.encode())
         if got != want:
-            raise UserError(f"byte count of the document at token {begin} is {got}, its text has {want}; wrong tokenizer?")
+            raise UserError(
+                f"byte count of the document at token {begin} is {got}, its text has {want}; wrong tokenizer?"
+            )
 
 
 class TrainStream:
@@ -782,7 +858,9 @@ class TrainStream:
         counts = np.array([max(0, (len(shard) - 1) // self.seq_len) for shard in self.shards])
         self.first = np.concatenate([[0], np.cumsum(counts)])
         if self.total == 0:
-            raise UserError(f"no shard in {self.folder} holds TRAIN_SEQ_LEN={self.seq_len} tokens; add text or shorten it")
+            raise UserError(
+                f"no shard in {self.folder} holds TRAIN_SEQ_LEN={self.seq_len} tokens; add text or shorten it"
+            )
 
     @property
     def total(self) -> int:
@@ -811,7 +889,9 @@ class TrainStream:
             begin = phases[shard] + (window - int(self.first[shard])) * self.seq_len
             rows[row] = self.shards[shard][begin : begin + self.seq_len + 1]
         if count and int(rows.max()) >= self.vocab_size:
-            raise UserError(f"{self.folder} holds token {int(rows.max())}, VOCAB_SIZE={self.vocab_size}; wrong tokenizer?")
+            raise UserError(
+                f"{self.folder} holds token {int(rows.max())}, VOCAB_SIZE={self.vocab_size}; wrong tokenizer?"
+            )
         return torch.from_numpy(rows)
 
 
@@ -1183,7 +1263,7 @@ def virtual_order(cfg: Config, looping: bool) -> list[int]:
 
 
 def skip_pairs(cfg: Config) -> dict[int, int]:
-    """Destination -> source of the U-Net skips, by physical layer, so that switching the recurrence on keeps every pair.
+    """Destination -> source of the U-Net skips, by physical layer: switching the recurrence on keeps every pair.
 
     The k-th layer of the second half takes the output of the k-th last of the first. The innermost pair would mix
     the stream with itself and is left out.
@@ -1572,12 +1652,13 @@ def progress(cfg: Config, step: int, seconds: float) -> Progress:
     return Progress(min(1.0, fraction), fraction >= 1.0)
 
 
-def lr_scale(cfg: Config, fraction: float) -> float:
-    """1, then linearly down to MIN_LR over the last WARMDOWN_FRAC of the run."""
+def lr_scale(cfg: Config, step: int, fraction: float) -> float:
+    """Up over LR_WARMUP_STEPS, 1, then linearly down to MIN_LR over the last WARMDOWN_FRAC of the run."""
+    rise = min(1.0, (step + 1) / (cfg.lr_warmup_steps + 1))
     if fraction < 1 - cfg.warmdown_frac:
-        return 1.0
+        return rise
     left = (1 - fraction) / cfg.warmdown_frac if cfg.warmdown_frac else 1.0
-    return cfg.min_lr + (1 - cfg.min_lr) * left
+    return rise * (cfg.min_lr + (1 - cfg.min_lr) * left)
 
 
 def muon_momentum(cfg: Config, step: int) -> float:
@@ -1662,7 +1743,7 @@ class Trainer:
     def train_step(self, rows: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
         """One optimizer step. Returns (loss, gradient norm), on the device."""
         loss = self.accumulate(rows, looping_at(self.cfg, fraction))
-        norm_ = self.optimizers.step(lr_scale(self.cfg, fraction), muon_momentum(self.cfg, self.step))
+        norm_ = self.optimizers.step(lr_scale(self.cfg, self.step, fraction), muon_momentum(self.cfg, self.step))
         self.step += 1
         self.ema.update(self.step)
         return self.run.sum(loss), norm_
@@ -1688,7 +1769,9 @@ class Trainer:
         for name, value in state["config"].items():
             group = known[name.upper()].metadata["group"]
             if group in ("model", "train") and name != "micro_batch_tokens" and getattr(self.cfg, name) != value:
-                raise UserError(f"RESUME=1 but {name.upper()} was {value!r} and is {getattr(self.cfg, name)!r}; set it back")
+                raise UserError(
+                    f"RESUME=1 but {name.upper()} was {value!r} and is {getattr(self.cfg, name)!r}; set it back"
+                )
         self.model.load_state_dict(state["model"])
         self.optimizers.load_state_dict(state["optimizers"])
         for name, tensor in state["ema"].items():
@@ -1731,7 +1814,9 @@ class Meter:
             event.synchronize()
         loss, norm_ = values.tolist()
         if not (math.isfinite(loss) and math.isfinite(norm_)):
-            raise NonFiniteLoss(f"step {step}: loss {loss}, gradient norm {norm_}; lower the learning rates (checkpoint kept)")
+            raise NonFiniteLoss(
+                f"step {step}: loss {loss}, gradient norm {norm_}; lower the learning rates (checkpoint kept)"
+            )
         seconds = self.trainer.clock.read()[0]
         if step <= 5 or step % self.cfg.train_log_every == 0:
             self._log(step, looping, loss, norm_, seconds)
@@ -1739,7 +1824,9 @@ class Meter:
     def _log(self, step: int, looping: bool, loss: float, norm_: float, seconds: float) -> None:
         tokens = self.cfg.train_batch_tokens
         average = step * tokens / max(seconds, 1e-9)
-        line = f"{step}/{self.cfg.iterations} train_loss: {loss:.4f} train_time: {seconds / 60:.1f}m tok/s: {average:.0f}"
+        line = (
+            f"{step}/{self.cfg.iterations} train_loss: {loss:.4f} train_time: {seconds / 60:.1f}m tok/s: {average:.0f}"
+        )
         now = None
         if self.mark and self.mark[2] == looping and step > self.mark[0]:
             now = (step - self.mark[0]) * tokens / max(seconds - self.mark[1], 1e-9)
@@ -1750,8 +1837,8 @@ class Meter:
         self.mark = (step, seconds, looping)
         left = self.trainer.seconds_left(step, seconds)
         self.run.log(f"{line} eta: {left:.0f}s")
-        self.run.event("train", step=step, loss=loss, grad_norm=norm_, seconds=seconds, tokens_per_second=now or average,
-                       looping=looping)  # fmt: skip
+        speed = dict(seconds=seconds, tokens_per_second=now or average)
+        self.run.event("train", step=step, loss=loss, grad_norm=norm_, looping=looping, **speed)
 
     def mfu(self, tokens_per_second: float, looping: bool) -> float:
         """Model FLOP/s over the card's measured 8192^3 rate, per GPU."""
@@ -1807,7 +1894,10 @@ class TrainLoop(Trainer):
             run.log(f"stopped by signal {signalled} at step {self.step}; continue with RESUME=1 RUN_ID={cfg.run_id}")
             raise SystemExit(128 + signalled)
         if self.step < cfg.iterations:
-            run.log(f"stopping_early: wallclock_cap train_time: {1e3 * self.seconds:.0f}ms step: {self.step}/{cfg.iterations}")
+            run.log(
+                f"stopping_early: wallclock_cap train_time: {1e3 * self.seconds:.0f}ms "
+                f"step: {self.step}/{cfg.iterations}"
+            )
         return {"looping": looping, **meter.summary()}
 
     def release(self) -> None:
@@ -1952,7 +2042,7 @@ def gptq(W: Tensor, H: Tensor, scale: Tensor, bits: int, percdamp: float, blocks
     """GPTQ (Frantar et al. 2022) with act-order, for a stack of matrices at once.
 
     Columns are rounded one after another, by falling diag(H); the error of each is spread over the columns that follow
-    so that the loss tr((W-Q) H (W-Q)^T) stays least. W [n, r, c] fp32, H [n, c, c], scale fp16 [n, r] -> int8 [n, r, c].
+    so that tr((W-Q) H (W-Q)^T) stays least. W [n, r, c] fp32, H [n, c, c], scale fp16 [n, r] -> int8 [n, r, c].
     Cost: c sequential steps for the whole stack, so a model of 66 matrices takes about 4,600 steps, not 50,000.
     """
     H = H.clone()
@@ -1980,7 +2070,7 @@ def gptq(W: Tensor, H: Tensor, scale: Tensor, bits: int, percdamp: float, blocks
 
 
 def quantize(cfg: Config, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], coarse: float = 1.0) -> dict:
-    """Every tensor as its row of TENSOR_PLAN says; ``coarse`` multiplies all steps. Without a Hessian: round to nearest."""
+    """Every tensor as its row of TENSOR_PLAN says; ``coarse`` multiplies all steps. No Hessian: round to nearest."""
     stored: dict[str, Any] = {}
     stacks: dict[tuple, list[str]] = {}
     for name, tensor in state.items():
@@ -2131,7 +2221,9 @@ def unpack(blob: bytes, source: str = "artifact") -> Artifact:
             raise ValueError("the header does not fit")
         if hashlib.sha256(body).digest() != blob[12:44]:
             raise ValueError("the checksum differs: it is truncated or altered")
-        header = json.loads(lzma.LZMADecompressor(memlimit=1 << 27).decompress(body[:size], max_length=LIMITS["header"]))
+        header = json.loads(
+            lzma.LZMADecompressor(memlimit=1 << 27).decompress(body[:size], max_length=LIMITS["header"])
+        )
         return _read_body(header, body[size:])
     except UserError:
         raise
@@ -2188,8 +2280,8 @@ COARSE_RANGE = (-1.5, 3.5)  # log2 of the multiplier of all quantization steps t
 def fit(cfg: Config, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], looping: bool, code: int) -> Export:
     """Quantize and pack so that code plus artifact come within 10 KB under SIZE_TARGET.
 
-    All steps share one multiplier 2^x. Away from clipping a weight's entropy falls by one bit an octave, so x follows by
-    a secant from the size just packed; the first guess comes from the order-0 entropy, which needs no coder.
+    All steps share one multiplier 2^x. Away from clipping a weight's entropy falls by one bit an octave, so x follows
+    by a secant from the size just packed; the first guess comes from the order-0 entropy, which needs no coder.
     """
     target = cfg.size_target - code
     weights = sum(t.numel() for name, t in state.items() if owner(name, TENSOR_PLAN).codec == "int")
@@ -2213,7 +2305,9 @@ def fit(cfg: Config, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor]
             slope = min(-weights / 80, (tried[-1][1] - tried[-2][1]) / (tried[-1][0] - tried[-2][0]))
         x = min(max(x + (target - 4000 - len(blob)) / slope, COARSE_RANGE[0]), COARSE_RANGE[1])
     if best is None:
-        raise OverBudget(f"the artifact takes {len(blob)} bytes at the coarsest steps, {target} are left; shrink the model")
+        raise OverBudget(
+            f"the artifact takes {len(blob)} bytes at the coarsest steps, {target} are left; shrink the model"
+        )
     return best._replace(packs=packs)
 
 
@@ -2424,7 +2518,10 @@ class TestTimeTrainer:
     def evaluate(self, left: float) -> tuple[Score, Ledger]:
         """Score everything within ``left`` seconds."""
         run, cfg = self.run, self.cfg
-        run.log(f"ttt:start chunks:{self.chunks} lr:{cfg.ttt_lr} epochs:{cfg.ttt_epochs} params:{sum(p.numel() for p in self.params)}")
+        run.log(
+            f"ttt:start chunks:{self.chunks} lr:{cfg.ttt_lr} epochs:{cfg.ttt_epochs} "
+            f"params:{sum(p.numel() for p in self.params)}"
+        )
         trained, reach, fewest = np.zeros(self.val.targets, np.int64), 0, cfg.ttt_epochs
         with stopwatch(run) as seconds:
             nll = torch.zeros(self.val.targets, device=run.device)
@@ -2446,14 +2543,14 @@ class TestTimeTrainer:
                     run.log(f"ttt:chunk {chunk + 1}/{self.chunks} {seconds():.0f}s")
             score = summarize(run, self.val, nll, seconds())
         if fewest < cfg.ttt_epochs:
-            run.log(f"ttt:epochs fell to {fewest} of {cfg.ttt_epochs} to stay inside EVAL_BUDGET_SECONDS={cfg.eval_budget_seconds:g}")
+            run.log(f"ttt:epochs fell to {fewest} of {cfg.ttt_epochs}: EVAL_BUDGET_SECONDS={cfg.eval_budget_seconds:g}")
         for param in self.model.parameters():
             param.requires_grad_(True)
         return score, Ledger(np.arange(self.val.targets), trained)
 
 
 class EvalRow(NamedTuple):
-    """A stage of the evaluation of an artifact: whether it runs, and (run, model, val, looping, seconds left) -> result."""
+    """A stage of an artifact's evaluation: whether it runs, and (run, model, val, looping, seconds left) -> result."""
 
     label: str
     wanted: Callable[[Config], bool]
@@ -2524,7 +2621,9 @@ def choose_run_id(cfg: Config) -> str:
         return f"{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     found = glob.glob(str(Path(cfg.runs_dir) / f"{cfg.preset}-*" / "checkpoint.pt"))
     if not found:
-        raise UserError(f"RESUME=1 but no {cfg.preset} run in {cfg.runs_dir} has a checkpoint; set RUN_ID or start anew")
+        raise UserError(
+            f"RESUME=1 but no {cfg.preset} run in {cfg.runs_dir} has a checkpoint; set RUN_ID or start anew"
+        )
     return Path(max(found, key=os.path.getmtime)).parent.name
 
 
@@ -2564,7 +2663,9 @@ def preflight(run: Run, trainer: Trainer, code: int) -> None:
     need = 5 * sum(4 * tensor.numel() for tensor in state.values()) + (64 << 20)
     free = shutil.disk_usage(run.folder).free
     if free < need:
-        raise UserError(f"{run.folder} has {free >> 20} MiB free, the run needs {need >> 20}; free some or set RUNS_DIR")
+        raise UserError(
+            f"{run.folder} has {free >> 20} MiB free, the run needs {need >> 20}; free some or set RUNS_DIR"
+        )
     noise = torch.Generator().manual_seed(0)
     state = {n: t.cpu() + 1e-3 * torch.randn(t.shape, generator=noise) * (t.dim() > 1) for n, t in state.items()}
     stored = quantize(cfg, state, {})
@@ -2645,9 +2746,13 @@ def export(run: Run, trainer: TrainLoop, state: dict[str, Tensor], looping: bool
                 f"entropy {ideal:.0f} bytes, {result['quantize_pack_seconds']:.1f}s")  # fmt: skip
         run.log(f"Serialized model quantized+{cfg.compressor}: {len(packed.blob)} bytes")
         run.log(f"Total submission size quantized+{cfg.compressor}: {total} bytes")
-        result |= dict(artifact_bytes=len(packed.blob), code_bytes=code, total_bytes=total, step_multiplier=packed.coarse)
+        result |= dict(
+            artifact_bytes=len(packed.blob), code_bytes=code, total_bytes=total, step_multiplier=packed.coarse
+        )
         if cfg.size_limit and total > cfg.size_limit:
-            raise OverBudget(f"code and artifact take {total} bytes, SIZE_LIMIT={cfg.size_limit}; set SIZE_TARGET or shrink")
+            raise OverBudget(
+                f"code and artifact take {total} bytes, SIZE_LIMIT={cfg.size_limit}; set SIZE_TARGET or shrink"
+            )
     run.barrier()
     return path
 
@@ -2675,7 +2780,9 @@ def free_port() -> int:
 
 def stage_table(stages: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, int]) -> str:
     """The table that ends a run: one row a stage."""
-    lines = [f"{'stage':<12}{'val_bpb':>10}{'val_loss':>10}{'seconds':>9}{'tokens':>11}{'text bytes':>12}{'file bytes':>12}"]
+    lines = [
+        f"{'stage':<12}{'val_bpb':>10}{'val_loss':>10}{'seconds':>9}{'tokens':>11}{'text bytes':>12}{'file bytes':>12}"
+    ]
     for name, row in stages.items():
         size = sizes.get(name, sizes["float"])
         lines.append(f"{name:<12}{row['val_bpb']:>10.4f}{row['val_loss']:>10.4f}{row['seconds']:>9.1f}"
@@ -2801,10 +2908,14 @@ def describe_command(cfg: Config) -> None:
     for name, param in model.named_parameters():
         key = (owner(name, PARAM_TABLE), owner(name, TENSOR_PLAN))
         rows[key] = rows.get(key, 0) + param.numel()
-    print(f"\n{'parameters':>12}  {'optimizer':<8}{'lr':<14}{'codec':<6}bytes at 3.4 bits a matrix weight, 4.7 an embedding's")
+    print(
+        f"\n{'parameters':>12}  {'optimizer':<8}{'lr':<14}{'codec':<6}bytes at 3.4 bits a matrix weight (embedding 4.7)"
+    )
     for (optimizer, stored), count in rows.items():
         bits = {"half": 16, "int": 4.7 if stored.bits == "embed_bits" else 3.4}[stored.codec]
-        print(f"{count:>12}  {optimizer.kind:<8}{optimizer.lr.split('|')[0]:<14}{stored.codec:<6}{count * bits / 8:.0f}")
+        print(
+            f"{count:>12}  {optimizer.kind:<8}{optimizer.lr.split('|')[0]:<14}{stored.codec:<6}{count * bits / 8:.0f}"
+        )
     print(f"{sum(rows.values()):>12}  in all; script packed: {len(packed_script(script_source()))} bytes")
 
 
@@ -2829,11 +2940,13 @@ def command(arguments: list[str], env: Mapping[str, str], began: float) -> None:
         cfg, warnings = read_config(env)
         train_command(cfg, read_launch(env), warnings, began)
     else:
-        raise UserError(f"unknown command {' '.join(arguments)}; use train, eval ARTIFACT, describe, pack [FILE] or --help")
+        raise UserError(
+            f"unknown command {' '.join(arguments)}; use train, eval ARTIFACT, describe, pack [FILE] or --help"
+        )
 
 
 def main() -> int:
-    """Exit codes: 0 done, 2 bad configuration or input, 3 non-finite loss, 4 over the byte budget, 130/143 on signals."""
+    """Exit codes: 0 done, 2 bad input or configuration, 3 non-finite loss, 4 over the byte budget, 130/143 signals."""
     began = time.time()
     try:
         command(sys.argv[1:], environment(), began)

@@ -1,0 +1,270 @@
+"""Shared by all tests: tiny configurations of every preset, a synthetic corpus, a tokenizer, and clean processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import io
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "train_gpt.py"
+sys.path.insert(0, str(ROOT))
+import train_gpt as tg  # noqa: E402
+
+torch.set_num_threads(1)
+
+PRESETS = list(tg.PRESETS)
+VOCAB = 320
+
+# Each optional mechanism alone, on top of the record preset.
+MECHANISMS = {
+    "smear": dict(smear_gate=True),
+    "sparse_gate": dict(attn_gate="sparse"),
+    "pack_docs": dict(pack_docs=True),
+    "no_skips": dict(skip_kind="none"),
+    "added_skips": dict(skip_kind="add"),
+    "gated_skips": dict(skip_kind="gated"),
+    "no_loop": dict(num_loops=0),
+    "one_loop": dict(num_loops=1),
+    "three_loops": dict(num_loops=3),
+    "untied": dict(tie_embeddings=False),
+    "sequential": dict(parallel_residual_start=-1),
+    "no_xsa": dict(xsa_last_n=0),
+    "full_rope": dict(rope_dims=0),
+}
+
+
+def variants() -> list[Any]:
+    """(preset, overrides) of every preset as it is, and of record with each mechanism alone."""
+    rows = [pytest.param((preset, {}), id=preset) for preset in PRESETS]
+    return rows + [pytest.param(("record", values), id=f"record-{name}") for name, values in MECHANISMS.items()]
+
+
+every_variant = pytest.mark.parametrize("variant", variants())
+every_preset = pytest.mark.parametrize("preset", PRESETS)
+both_loop_states = pytest.mark.parametrize("looping", [False, True], ids=["loop_off", "loop_on"])
+
+
+def as_text(value: Any) -> str:
+    """A knob's value as an environment variable."""
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def tiny_values(preset: str) -> dict[str, Any]:
+    """Overrides that shrink a preset and keep its features on."""
+    full, _ = tg.read_config({"PRESET": preset})
+    return dict(
+        vocab_size=VOCAB, model_dim=64, num_heads=4, num_kv_heads=2, num_layers=6, mlp_mult=2,
+        loop_start=2, loop_end=3, parallel_residual_start=3 if full.parallel_residual_start >= 0 else -1,
+        xsa_last_n=min(6, full.xsa_last_n), rope_dims=8 if full.rope_dims else 0, train_seq_len=32, eval_seq_len=32,
+        train_batch_tokens=128, micro_batch_tokens=64, iterations=4, max_wallclock_seconds=0, warmup_steps=0,
+        eval_stride=8, val_batch_tokens=128, ttt_chunk_tokens=64, ttt_batch_seqs=2, ttt_epochs=1,
+        gptq_batch_tokens=128, gptq_calibration_batches=4, size_target=0, checkpoint_every=0, val_loss_every=0,
+        train_log_every=1, device="cpu", threads=1,
+    )  # fmt: skip
+
+
+def tiny_env(preset: str, **overrides: Any) -> dict[str, str]:
+    """Environment variables of a tiny run."""
+    values = {**tiny_values(preset), **overrides}
+    return {"PRESET": preset, **{name.upper(): as_text(value) for name, value in values.items()}}
+
+
+def tiny(preset: str, **overrides: Any) -> tg.Config:
+    """The Config of a tiny run of a preset; refused where the environment would be refused."""
+    cfg, warnings = tg.read_config(tiny_env(preset, **overrides))
+    assert not warnings
+    return cfg
+
+
+def single(cfg: tg.Config) -> tg.Run:
+    """A Run of one process without a folder."""
+    return tg.Run(cfg, tg.Launch(0, 1, 0))
+
+
+def randomise(model: tg.GPT, seed: int = 0, size: float = 0.3) -> tg.GPT:
+    """Noise on every parameter: zero-initialised maps would make most laws hold for nothing."""
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for param in model.parameters():
+            fan = param.shape[-1] if param.dim() > 1 else 1
+            param += size * torch.randn(param.shape, generator=noise) / (fan**0.5 if fan > 2 else 1)
+    return model
+
+
+def tiny_model(cfg: tg.Config, seed: int = 0) -> tg.GPT:
+    """A randomised model of a configuration."""
+    return randomise(tg.build_model(cfg, single(cfg)), seed)
+
+
+def random_ids(cfg: tg.Config, batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Token ids [batch, length] with a document's start here and there."""
+    noise = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, cfg.vocab_size, (batch, length), generator=noise)
+    ids[:, 0] = ids[:, length // 3] = tg.BOS
+    return ids
+
+
+def random_validation(cfg: tg.Config, targets: int, seed: int = 0) -> tg.ValStream:
+    """A validation stream of random tokens, three bytes a target."""
+    tokens = random_ids(cfg, 1, targets + 1, seed)[0]
+    return tg.ValStream(tokens, torch.full((targets,), 3))
+
+
+# ---- text, tokenizer and shards -------------------------------------------------------------------------------------
+
+WORDS = "the of a model weights byte token number seven river stone under light caf\u00e9 falls over while it reads".split()
+
+
+def documents(count: int, seed: int) -> list[str]:
+    """Sentences in which each word depends on the one before it, so that there is something to learn."""
+    rng, out = random.Random(seed), []
+    for _ in range(count):
+        word, words = rng.randrange(len(WORDS)), []
+        for _ in range(rng.randrange(10, 40)):
+            words.append(WORDS[word])
+            word = (3 * word + rng.randrange(4)) % len(WORDS)
+        out.append(" ".join(words).capitalize() + ".")
+    return out
+
+
+def train_tokenizer(**options: Any) -> bytes:
+    """A small SentencePiece BPE model with byte fallback, BOS 1; the options are SentencePiece's."""
+    model = io.BytesIO()
+    settings = dict(
+        model_type="bpe", vocab_size=VOCAB, byte_fallback=True, pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+    )  # fmt: skip
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(documents(300, 1)), model_writer=model, **settings | options
+    )
+    return model.getvalue()
+
+
+def write_shard(path: Path, tokens: Any) -> Path:
+    """A token shard in the challenge's format."""
+    header = np.zeros(256, "<i4")
+    header[:3] = tg.SHARD_MAGIC, tg.SHARD_VERSION, len(tokens)
+    path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+    return path
+
+
+def encode(pieces: Any, texts: list[str]) -> list[int]:
+    """Documents as one stream of tokens, each after BOS."""
+    return [token for text in texts for token in (tg.BOS, *pieces.encode(text))]
+
+
+class Corpus(NamedTuple):
+    """A synthetic data set: folder of shards, tokenizer, and the validation documents."""
+
+    folder: Path
+    tokenizer: Path
+    texts: list[str]
+
+    def env(self) -> dict[str, str]:
+        return {"DATA_PATH": str(self.folder), "TOKENIZER_PATH": str(self.tokenizer)}
+
+    def knobs(self) -> dict[str, str]:
+        return {name.lower(): value for name, value in self.env().items()}
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Corpus:
+    root = tmp_path_factory.mktemp("corpus")
+    tokenizer = root / "tiny.model"
+    tokenizer.write_bytes(train_tokenizer())
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    texts = documents(24, 99)
+    for index in range(3):
+        write_shard(root / f"fineweb_train_{index:06d}.bin", encode(pieces, documents(80 + 20 * index, index)))
+    write_shard(root / "fineweb_val_000000.bin", encode(pieces, texts))
+    return Corpus(root, tokenizer, texts)
+
+
+@pytest.fixture(scope="session")
+def validation(corpus) -> tg.ValStream:
+    cfg = tiny("record", **corpus.knobs())
+    return tg.load_validation(cfg, tg.load_tokenizer(cfg))
+
+
+def trainer_of(cfg: tg.Config, folder: Path | None = None) -> tg.TrainLoop:
+    """A trainer, in a run folder if one is given."""
+    run = single(cfg)
+    if folder is not None:
+        run.open(folder)
+    return tg.TrainLoop(run)
+
+
+def run_steps(trainer: tg.Trainer, steps: int, of: int) -> list[float]:
+    """Steps of a run of ``of`` steps, from where the trainer stands; returns the losses."""
+    count = trainer.cfg.train_batch_tokens // trainer.cfg.train_seq_len
+    losses = []
+    for _ in range(steps):
+        rows = trainer.stream.batch(trainer.step * count, count)
+        losses.append(float(trainer.train_step(rows, trainer.step / of)[0]))
+    return losses
+
+
+# ---- processes ------------------------------------------------------------------------------------------------------
+
+KEPT = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHONPATH", "SYSTEMROOT", "LANG")
+
+
+def clean_env(*parts: dict[str, str]) -> dict[str, str]:
+    """What a process needs of this environment, one thread, and the given variables."""
+    env = {name: os.environ[name] for name in KEPT if name in os.environ}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    for part in parts:
+        env |= part
+    return env
+
+
+def start(command: list[Any], env: dict[str, str], **options: Any) -> subprocess.Popen:
+    """A process with both outputs as text pipes."""
+    return subprocess.Popen(
+        [str(word) for word in command], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+    )
+
+
+class Ended(NamedTuple):
+    """How a process ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def finish(process: subprocess.Popen, timeout: float = 150) -> Ended:
+    """Wait for a process; kill it when it hangs."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        err += "\n(killed by the test: it hung)"
+    return Ended(process.returncode, out, err)
+
+
+def script(*arguments: Any) -> list[Any]:
+    """The command line of the script in this Python."""
+    return [sys.executable, SCRIPT, *arguments]
+
+
+def available_compressors() -> list[str]:
+    """Compressors whose package is installed."""
+    return [name for name, coder in tg.COMPRESSORS.items() if importlib.util.find_spec(coder.package)]
+
+
+def replace(cfg: tg.Config, **values: Any) -> tg.Config:
+    return dataclasses.replace(cfg, **values)

@@ -336,7 +336,7 @@ CHECKS: tuple[tuple[Callable[[Config], bool], str], ...] = (
      "LOOP_START={loop_start} <= LOOP_END={loop_end} < NUM_LAYERS={num_layers} must hold (or set NUM_LOOPS=0)"),
     (lambda c: c.train_batch_tokens % c.train_seq_len == 0,
      "TRAIN_BATCH_TOKENS={train_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={train_seq_len}"),
-    (lambda c: c.eval_stride <= c.eval_seq_len, "EVAL_STRIDE={eval_stride} must be at most EVAL_SEQ_LEN={eval_seq_len}"),
+    (lambda c: c.eval_stride <= c.eval_seq_len, "EVAL_STRIDE={eval_stride} exceeds EVAL_SEQ_LEN={eval_seq_len}"),
     (lambda c: c.ttt_chunk_tokens % c.eval_stride == 0,
      "TTT_CHUNK_TOKENS={ttt_chunk_tokens} must be a multiple of EVAL_STRIDE={eval_stride}"),
     (lambda c: c.attn_gate_dims <= c.model_dim,
@@ -950,18 +950,21 @@ class DenseLinear(nn.Module):
         """The map as a dense matrix; ``scale`` broadcasts against [fan_out, fan_in]."""
         return (self.weight if scale is None else self.weight * scale).to(dtype)
 
+    def see(self, x: Tensor) -> None:
+        """Show an input to the tap, if there is one."""
+        if self.tap is not None:
+            self.tap(x)
+
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        return apply_maps(x, (self,), scale)[0]
+        return apply_maps(x, (self,), scale)
 
 
-def apply_maps(x: Tensor, maps: tuple[DenseLinear, ...], scale: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Several maps of one input as a single product: [..., fan_in] -> one [..., fan_out] a map."""
+def apply_maps(x: Tensor, maps: tuple[DenseLinear, ...], scale: Tensor | None = None) -> Tensor:
+    """Several maps of one input as a single product: [..., fan_in] -> [..., sum of fan_out]."""
     for linear_map in maps:
-        if linear_map.tap is not None:
-            linear_map.tap(x)
+        linear_map.see(x)
     matrices = [linear_map.matrix(x.dtype, scale) for linear_map in maps]
-    y = F.linear(x, torch.cat(matrices) if len(matrices) > 1 else matrices[0])
-    return y.split([matrix.shape[0] for matrix in matrices], dim=-1)
+    return F.linear(x, torch.cat(matrices) if len(matrices) > 1 else matrices[0])
 
 
 # kind -> module; a kind is chosen by name, and the name of a map keys whatever is random in it
@@ -1054,6 +1057,68 @@ def attend(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, backend: str) -
     return ATTENTION[backend](q, k, v, docs)
 
 
+def mix_norm(x: Tensor, x0: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """u = a x + b x0 and norm(u): x, x0 [..., D], a, b [D]."""
+    u = (a * x + b * x0).to(x.dtype)
+    return u, norm(u)
+
+
+def add_norm(h: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """s = h + delta and norm(s)."""
+    s = h + delta
+    return s, norm(s)
+
+
+def qk_rope(
+    qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, head_dim: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """qkv [B, T, (H + 2G) K] -> q = gain rotate(norm(q)), k = rotate(norm(k)), and v twice, for its two users."""
+    heads = len(gain)
+    y = qkv.unflatten(-1, (-1, head_dim))
+    q, k, v = y.split([heads, (y.shape[2] - heads) // 2, (y.shape[2] - heads) // 2], dim=2)
+    q = (rotate(norm(q.float()), (cos, sin)) * gain[:, None]).to(qkv.dtype)
+    return q, rotate(norm(k.float()), (cos, sin)).to(qkv.dtype), v, v
+
+
+def exclude_self(y: Tensor, v: Tensor) -> Tensor:
+    """y - (y.v^) v^ for every head y [B, T, H, K], v^ the unit vector of its group's value v [B, T, G, K]."""
+    unit = F.normalize(v.float(), dim=-1)[:, :, :, None, :]
+    heads = y.float().unflatten(2, (v.shape[2], -1))
+    return (heads - (heads * unit).sum(-1, keepdim=True) * unit).flatten(2, 3).to(y.dtype)
+
+
+def mlp(x: Tensor, up: Tensor, down: Tensor, slope: float, tap: Callable[[Tensor], None] | None) -> Tensor:
+    """leaky_relu(x up^T, slope)^2 down^T: x [..., D], up [N, D], down [D, N]. ``tap`` sees the activation."""
+    act = F.leaky_relu(F.linear(x, up), slope).square()
+    if tap is not None:
+        tap(act)
+    return F.linear(act, down)
+
+
+def softcap_nll(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """Nats of each target under softmax(cap tanh(logits / cap)): [M, V], [M] -> fp32 [M]."""
+    return F.cross_entropy(softcap(logits, cap), targets, reduction="none")
+
+
+def softcap(logits: Tensor, cap: float) -> Tensor:
+    """cap tanh(logits / cap) in fp32; tanh(u) = 2 sigmoid(2u) - 1 is one fast exponential on a GPU."""
+    return cap * (2 * torch.sigmoid(logits.float() * (2 / cap)) - 1)
+
+
+class Ops(NamedTuple):
+    """The memory-bound passes of a layer and of the head, as one set of functions with fixed signatures."""
+
+    mix_norm: Callable
+    add_norm: Callable
+    qk_rope: Callable
+    exclude_self: Callable
+    mlp: Callable
+    softcap_nll: Callable
+
+
+PLAIN = Ops(mix_norm, add_norm, qk_rope, exclude_self, mlp, softcap_nll)
+
+
 class ExcludeSelf(nn.Module):
     """XSA: remove from each head's output its component along that position's own value, y - (y.v^)v^.
 
@@ -1064,11 +1129,8 @@ class ExcludeSelf(nn.Module):
     def __init__(self, cfg: Config, name: str):
         super().__init__()
 
-    def forward(self, y: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        groups = v.shape[2]
-        unit = F.normalize(v.float(), dim=-1)[:, :, :, None, :]
-        heads = y.float().unflatten(2, (groups, -1))
-        return (heads - (heads * unit).sum(-1, keepdim=True) * unit).flatten(2, 3).to(y.dtype)
+    def forward(self, y: Tensor, v: Tensor, x: Tensor, ops: Ops) -> Tensor:
+        return ops.exclude_self(y, v)
 
 
 class SparseGate(nn.Module):
@@ -1078,7 +1140,7 @@ class SparseGate(nn.Module):
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(cfg.num_heads, cfg.attn_gate_dims))
 
-    def forward(self, y: Tensor, v: Tensor, x: Tensor) -> Tensor:
+    def forward(self, y: Tensor, v: Tensor, x: Tensor, ops: Ops) -> Tensor:
         score = F.linear(x[..., : self.gate.shape[1]].float(), self.gate)
         return (y * (2 * torch.sigmoid(score))[..., None]).to(y.dtype)
 
@@ -1097,13 +1159,12 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
         self.stages = nn.ModuleList(HEAD_STAGES[stage](cfg, f"{name}.{stage}") for stage in layer.head_stages)
 
-    def forward(self, x: Tensor, rope, docs: Tensor | None, scale_in: Tensor, scale_out: Tensor) -> Tensor:
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in apply_maps(x, (self.q, self.k, self.v), scale_in))
-        q = (rotate(norm(q.float()), rope) * self.q_gain[:, None]).to(x.dtype)
-        k = rotate(norm(k.float()), rope).to(x.dtype)
+    def forward(self, x: Tensor, rope, docs: Tensor | None, scale_in: Tensor, scale_out: Tensor, ops: Ops) -> Tensor:
+        qkv = apply_maps(x, (self.q, self.k, self.v), scale_in)
+        q, k, v, own = ops.qk_rope(qkv, self.q_gain, *rope, self.head_dim)
         y = attend(q, k, v, docs, self.backend)
         for stage in self.stages:
-            y = stage(y, v, x)
+            y = stage(y, own, x, ops)
         return self.proj(y.flatten(2), scale_out[:, None])
 
 
@@ -1120,8 +1181,10 @@ class MLP(nn.Module):
         self.up = linear(f"{name}.up", cfg.model_dim, hidden)
         self.down = linear(f"{name}.down", hidden, cfg.model_dim, init="zero")
 
-    def forward(self, x: Tensor, scale_in: Tensor, scale_out: Tensor) -> Tensor:
-        return self.down(F.leaky_relu(self.up(x, scale_in), self.slope).square(), scale_out[:, None])
+    def forward(self, x: Tensor, scale_in: Tensor, scale_out: Tensor, ops: Ops) -> Tensor:
+        self.up.see(x)
+        up, down = self.up.matrix(x.dtype, scale_in), self.down.matrix(x.dtype, scale_out[:, None])
+        return ops.mlp(x, up, down, self.slope, self.down.tap)
 
 
 class LayerSpec(NamedTuple):
@@ -1166,21 +1229,22 @@ class Block(nn.Module):
         self.residual = layer.residual
         self.register_buffer("scale", torch.tensor(layer.scale), persistent=False)
 
-    def forward(self, x: Tensor, x0: Tensor, rope, docs: Tensor | None) -> Tensor:
-        if self.resid_mix is not None:
-            x = (self.resid_mix[0] * x + self.resid_mix[1] * x0).to(x.dtype)
-        return RESIDUALS[self.residual](self, x, rope, docs)
+    def forward(self, x: Tensor, x0: Tensor, rope, docs: Tensor | None, ops: Ops) -> Tensor:
+        """x, x0 [B, T, D] -> [B, T, D]."""
+        u, n = (x, norm(x)) if self.resid_mix is None else ops.mix_norm(x, x0, *self.resid_mix)
+        return RESIDUALS[self.residual](self, u, n, rope, docs, ops)
 
 
-def sequential(block: Block, u: Tensor, rope, docs: Tensor | None) -> Tensor:
-    h = u + block.attn(norm(u), rope, docs, block.scale, block.attn_scale)
-    return h + block.mlp(norm(h), block.scale, block.mlp_scale)
+def sequential(block: Block, u: Tensor, n: Tensor, rope, docs: Tensor | None, ops: Ops) -> Tensor:
+    """Attention, then the MLP on its sum with the stream."""
+    h, n = ops.add_norm(u, block.attn(n, rope, docs, block.scale, block.attn_scale, ops))
+    return h + block.mlp(n, block.scale, block.mlp_scale, ops)
 
 
-def parallel(block: Block, u: Tensor, rope, docs: Tensor | None) -> Tensor:
+def parallel(block: Block, u: Tensor, n: Tensor, rope, docs: Tensor | None, ops: Ops) -> Tensor:
     """GPT-J's form: both branches read the same input (challenge PR #1204: -0.002 to -0.003 bpb)."""
-    n = norm(u)
-    return u + block.attn(n, rope, docs, block.scale, block.attn_scale) + block.mlp(n, block.scale, block.mlp_scale)
+    h = u + block.attn(n, rope, docs, block.scale, block.attn_scale, ops)
+    return h + block.mlp(n, block.scale, block.mlp_scale, ops)
 
 
 RESIDUALS = {"sequential": sequential, "parallel": parallel}
@@ -1329,6 +1393,7 @@ class GPT(nn.Module):
         self.schedules = {looping: schedule(cfg, looping) for looping in (False, True)}
         self.head_tap: Callable[[Tensor], None] | None = None
         graph = compiler(cfg, device)
+        self.ops = PLAIN
         self.parts = {name: graph(function) for name, function in PARTS.items()}
         self.to(device)
 
@@ -1349,7 +1414,7 @@ class GPT(nn.Module):
         for visit in self.schedules[looping]:
             if visit.skip_from is not None:
                 x = self.parts["skip"](self.skips[f"{visit.skip_from}_{visit.layer}"], x, kept.pop(visit.skip_from))
-            x = self.parts["block"](self.blocks[visit.layer], x, x0, rope, docs)
+            x = self.parts["block"](self.blocks[visit.layer], x, x0, rope, docs, self.ops)
             if visit.keep:
                 kept[visit.layer] = x
         return x
@@ -1362,7 +1427,7 @@ class GPT(nn.Module):
         """Nats of the targets [..., T] given the stream [..., T, D]."""
         if self.head_tap is not None:
             self.head_tap(norm(x))
-        return self.parts["nll"](x, self.head_weight(), targets, self.cfg.logit_softcap)
+        return self.parts["nll"](x, self.head_weight(), targets, self.cfg.logit_softcap, self.ops)
 
     def logits(self, ids: Tensor, looping: bool) -> Tensor:
         """fp32 [B, T, V], soft-capped."""
@@ -1378,19 +1443,15 @@ def join(skip: nn.Module, x: Tensor, source: Tensor) -> Tensor:
     return skip(x, source)
 
 
-def head_logits(x: Tensor, weight: Tensor, softcap: float) -> Tensor:
-    """softcap x tanh(z / softcap) of z = norm(x) W^T, in fp32 after the product.
-
-    tanh(u) = 2 sigmoid(2u) - 1: one fast exponential where the library's tanh made the head's pass compute-bound.
-    """
-    z = F.linear(norm(x), weight.to(x.dtype)).float()
-    return softcap * (2 * torch.sigmoid(z * (2 / softcap)) - 1)
+def head_logits(x: Tensor, weight: Tensor, cap: float) -> Tensor:
+    """Soft-capped logits of the whole vocabulary, fp32: [..., D] -> [..., V]."""
+    return softcap(F.linear(norm(x), weight.to(x.dtype)), cap)
 
 
-def head_nll(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
-    """Cross-entropy of each target in nats; compiled, the fp32 logits never reach memory."""
-    logits = head_logits(x, weight, softcap)
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+def head_nll(x: Tensor, weight: Tensor, targets: Tensor, cap: float, ops: Ops) -> Tensor:
+    """Cross-entropy of each target in nats: [..., D], [...] -> fp32 [...]."""
+    logits = F.linear(norm(x), weight.to(x.dtype)).flatten(0, -2)
+    return ops.softcap_nll(logits, targets.flatten(), cap).view(targets.shape)
 
 
 # What a forward pass calls; each is compiled as a whole on a GPU.
@@ -1980,14 +2041,15 @@ def tapped(model: GPT, hessians: dict[str, Tensor]) -> Iterator[None]:
         return tap
 
     maps = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, DenseLinear)}
-    parts, model.parts = model.parts, PARTS
+    parts, ops = model.parts, model.ops
+    model.parts, model.ops = PARTS, PLAIN
     model.head_tap = adder("embed" if model.head is None else "head.weight")
     for name, module in maps.items():
         module.tap = None if name == "head.weight" else adder(name)
     try:
         yield
     finally:
-        model.parts, model.head_tap = parts, None
+        model.parts, model.ops, model.head_tap = parts, ops, None
         for module in maps.values():
             module.tap = None
 

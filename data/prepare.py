@@ -202,9 +202,10 @@ def read_blocks(path: Path) -> Iterator[tuple[int, bytes, int]]:
                     continue
                 text = b"".join(held)
                 cut = text.rfind(separator) + len(separator)
-                if cut < len(separator):  # not one whole record yet
-                    if size > RECORD_LIMIT:
-                        raise PrepareError(f"{path}: record {first} is longer than {RECORD_LIMIT >> 20} MB; split it")
+                none = cut < len(separator)  # not one whole record yet
+                if none and size > RECORD_LIMIT:
+                    raise PrepareError(f"{path}: record {first} is longer than {RECORD_LIMIT >> 20} MB; split it")
+                if none:
                     held = [text]
                     continue
                 yield first, text[:cut], raw.tell()
@@ -1206,9 +1207,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"prepare.py: error: {message} (see {self.prog} --help)\n")
 
 
+def natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
 def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    if natural(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not positive")
     return int(text)
 
 
@@ -1241,7 +1248,9 @@ def make_parser() -> Parser:
     docs.add_argument("--shard-tokens", type=positive, default=SHARD_TOKENS, help="(%(default)s)")
     hub = command("hub", run_hub, HUB_HELP, "the challenge's published shards")
     hub.add_argument("--variant", default="sp1024", help="sp1024, sp4096, sp8192, ... (%(default)s)")
-    hub.add_argument("--train-shards", type=int, default=80, metavar="N", help="training shards (%(default)s); 0: none")
+    hub.add_argument(
+        "--train-shards", type=natural, default=80, metavar="N", help="training shards (%(default)s); 0: none"
+    )
     command("check", run_check, CHECK_HELP, "every file against the manifest's SHA-256")
     return parser
 

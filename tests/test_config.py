@@ -29,7 +29,9 @@ def test_values_get_the_type_of_their_default():
     assert warnings == []
 
 
-@pytest.mark.parametrize("name", [name for name, field in tg.knobs().items() if type(field.default) in (int, float, bool)])
+@pytest.mark.parametrize(
+    "name", [name for name, field in tg.knobs().items() if type(field.default) in (int, float, bool)]
+)
 def test_text_is_no_number(name):
     """Every number and switch refuses a word and an empty text, naming the variable and the value."""
     for text in ("many", ""):
@@ -55,7 +57,9 @@ def test_floats_must_be_finite(text):
     assert "MATRIX_LR" in refused({"MATRIX_LR": text})
 
 
-BOUNDED = [(name, side) for name, field in tg.knobs().items() for side in ("lo", "hi") if field.metadata[side] is not None]
+BOUNDED = [
+    (name, side) for name, field in tg.knobs().items() for side in ("lo", "hi") if field.metadata[side] is not None
+]
 
 
 @pytest.mark.parametrize(("name", "side"), BOUNDED, ids=[f"{name}-{side}" for name, side in BOUNDED])

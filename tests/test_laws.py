@@ -10,7 +10,6 @@ import resource
 import shutil
 import struct
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +32,7 @@ from conftest import (
     randomise,
     replace,
     run_steps,
+    sandbox,
     script,
     single,
     start,
@@ -137,14 +137,13 @@ def score_rows(cfg: tg.Config) -> dict:
 def test_2_score_does_not_depend_on_the_batch(variant, label):
     """Law 2: every stage gives the same nats of every target with small and large evaluation batches."""
     cfg = config_of(variant, ttt_enabled=True)
-    val, found = random_validation(cfg, 150), []
-    for tokens in (32, 96, 4096):
+    val, found = random_validation(cfg, 110), []
+    for tokens in (32, 4096):
         changed = replace(cfg, val_batch_tokens=tokens)
         model = tiny_model(cfg)
         score, _ = score_rows(changed)[label](single(changed), model, val, cfg.loops, 600.0)
         found.append(score.nll)
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-4)
-    torch.testing.assert_close(found[0], found[2], rtol=0, atol=1e-4)
 
 
 class OneOf(tg.Run):
@@ -183,9 +182,10 @@ def test_3_distributions_sum_to_one(variant, looping):
     """Law 3: exp(-nll) over all V targets sums to 1 at every position, and is the softmax of the logits."""
     cfg = config_of(variant)
     model, ids = tiny_model(cfg), random_ids(cfg, 1, 8)
+    targets = torch.arange(cfg.vocab_size)[:, None].repeat(1, 8)
     with torch.no_grad():
-        nll = [model(ids, torch.full_like(ids, token), looping) for token in range(cfg.vocab_size)]
-    chances = torch.stack(nll, -1).double().neg().exp()
+        nll = model.nll(model.hidden(ids, looping).repeat(cfg.vocab_size, 1, 1), targets)
+    chances = nll.T[None].double().neg().exp()
     torch.testing.assert_close(chances.sum(-1), torch.ones(1, 8, dtype=torch.float64), rtol=0, atol=1e-5)
     softmax = logits(model, ids, looping).double().softmax(-1)
     torch.testing.assert_close(chances, softmax, rtol=1e-4, atol=1e-9)
@@ -196,25 +196,25 @@ def test_3_distributions_sum_to_one(variant, looping):
 
 
 def ttt_config(variant) -> tg.Config:
-    return config_of(variant, ttt_enabled=True, ttt_lr=0.5, ttt_epochs=2, ttt_selective=False)
+    return config_of(variant, ttt_enabled=True, ttt_lr=0.5, ttt_epochs=1, ttt_selective=False)
 
 
-def first_change(cfg, row, cut: int) -> int:
-    """First target whose nats change when all tokens after target ``cut - 1`` change."""
-    val = random_validation(cfg, 200)
-    other = val._replace(tokens=val.tokens.clone())
-    other.tokens[cut + 1 :] = (other.tokens[cut + 1 :] + 7) % cfg.vocab_size
-    a, b = (row(single(cfg), tiny_model(cfg), v, cfg.loops, 600.0)[0].nll for v in (val, other))
-    return int(torch.nonzero(a != b)[0])
+def first_changes(cfg, row, cuts: tuple) -> list[int]:
+    """For each cut the first target whose nats change when all tokens from target ``cut`` on change."""
+    val = random_validation(cfg, 150)
+    streams = [val] + [val._replace(tokens=val.tokens.clone()) for _ in cuts]
+    for cut, other in zip(cuts, streams[1:], strict=True):
+        other.tokens[cut + 1 :] = (other.tokens[cut + 1 :] + 7) % cfg.vocab_size
+    nll = [row(single(cfg), tiny_model(cfg), stream, cfg.loops, 600.0)[0].nll for stream in streams]
+    return [int(torch.nonzero(nll[0] != other)[0]) for other in nll[1:]]
 
 
 @pytest.mark.parametrize("label", [row.label for row in tg.EVALS])
 @every_variant
 def test_4_a_score_knows_no_later_token(variant, label):
     """Law 4 by behaviour: no stage's score of a target depends on that target's successors, training included."""
-    cfg = ttt_config(variant)
-    for cut in (60, 64, 131):
-        assert first_change(cfg, score_rows(cfg)[label], cut) == cut
+    cfg, cuts = ttt_config(variant), (60, 131)
+    assert first_changes(cfg, score_rows(cfg)[label], cuts) == list(cuts)
 
 
 def test_4_catches_training_before_scoring(monkeypatch):
@@ -222,11 +222,12 @@ def test_4_catches_training_before_scoring(monkeypatch):
     cfg, score = ttt_config(("record", {})), tg.TestTimeTrainer.score_chunk
 
     def cheat(self, chunk, nll):
-        self.adapt(chunk, 1)
+        if chunk < self.chunks - 1:
+            self.adapt(chunk, 1)
         score(self, chunk, nll)
 
     monkeypatch.setattr(tg.TestTimeTrainer, "score_chunk", cheat)
-    assert first_change(cfg, tg.score_ttt, 60) < 60
+    assert first_changes(cfg, tg.score_ttt, (60,))[0] < 60
 
 
 @pytest.mark.parametrize("label", [row.label for row in tg.EVALS])
@@ -276,7 +277,7 @@ def test_4_tampered_ledgers_are_refused(case, tmp_path):
 
 
 def test_4_windows_score_each_target_once():
-    """Plain and sliding windows over random lengths and strides: each target once, its window reaches back far enough."""
+    """Plain and sliding windows over random lengths and strides: each target once, with enough context."""
     rng = random.Random(0)
     for _ in range(400):
         length = rng.randrange(1, 40)
@@ -375,11 +376,11 @@ def counted_bytes(pieces, texts: list[str]) -> list[int]:
 def test_5_bytes_equal_the_decoded_text(kind):
     """Law 5: the counted bytes of each document equal those of its decoded text, and BOS counts nothing."""
     pieces = sentencepiece.SentencePieceProcessor(model_proto=train_tokenizer(**TOKENIZERS[kind]))
-    decoded = [pieces.decode(pieces.encode(text)) for text in NASTY]
-    assert counted_bytes(pieces, NASTY) == [len(text.encode()) for text in decoded]
-    if kind in ("dummy_prefix", "no_dummy_prefix"):
-        exact = [(a, b) for a, b in zip(decoded, NASTY, strict=True) if "\u2581" not in b]
-        assert all(a == b or kind == "no_dummy_prefix" for a, b in exact)
+    texts = [text for text in NASTY if kind != "squeezing" or "\u2581" not in text]  # it eats a mark at the start
+    decoded = [pieces.decode(pieces.encode(text)) for text in texts]
+    assert counted_bytes(pieces, texts) == [len(text.encode()) for text in decoded]
+    if kind == "dummy_prefix":
+        assert all(a == b for a, b in zip(decoded, texts, strict=True) if "\u2581" not in b)
 
 
 def test_5_validation_bytes_are_the_documents(validation, corpus):
@@ -409,9 +410,8 @@ def test_5_a_wrong_byte_table_is_caught(validation, corpus, monkeypatch):
 
 def test_5_a_vocabulary_without_a_lone_space_is_refused():
     """Without the piece U+2581 bytes cannot be counted: a clear error."""
-    lines = iter(["abab abba baab"] * 50)
-    model = train_tokenizer(vocab_size=12, byte_fallback=False, character_coverage=0.9, sentence_iterator=lines,
-                            hard_vocab_limit=False, model_type="word")  # fmt: skip
+    lines = ["abab abba baab"] * 50
+    model = train_tokenizer(lines, vocab_size=12, byte_fallback=False, hard_vocab_limit=False, model_type="word")
     with pytest.raises(tg.UserError, match="2581"):
         tg.byte_table(sentencepiece.SentencePieceProcessor(model_proto=model))
 
@@ -456,9 +456,9 @@ def rescored(corpus, tmp_path_factory) -> dict:
     """preset -> (config, blob, how the fresh process ended, its folder)."""
     root = tmp_path_factory.mktemp("rescored")
     made = {preset: packed_artifact(preset, corpus, root / preset) for preset in PRESETS}
-    with ThreadPoolExecutor(2) as pool:
-        ended = list(pool.map(lambda preset: eval_process(root / preset, corpus), PRESETS))
-    return {preset: (*made[preset], end, root / preset) for preset, end in zip(PRESETS, ended, strict=True)}
+    env = clean_env(corpus.env(), {"DEVICE": "cpu", "THREADS": "1"})
+    ended = sandbox({preset: (["eval", root / preset / "final_model.ptz"], env) for preset in PRESETS}, root)
+    return {preset: (*made[preset], ended[preset], root / preset) for preset in PRESETS}
 
 
 @every_preset
@@ -467,7 +467,7 @@ def test_6_a_fresh_process_gives_the_same_score(rescored, preset, validation):
     cfg, blob, ended, folder = rescored[preset]
     assert ended.code == 0, ended.err
     stages = json.loads((folder / "eval.json").read_text())["stages"]
-    assert list(stages) == sorted(stages) and set(stages) == {"quantized", "sliding", "ttt"}
+    assert set(stages) == {"quantized", "sliding", "ttt"}
     artifact = tg.unpack(blob)
     for row in tg.EVALS:
         model = tg.build_model(cfg, single(cfg))
@@ -536,11 +536,12 @@ def test_7_a_fresh_block_adds_nothing(variant):
     cfg = config_of(variant)
     model = tg.build_model(cfg, single(cfg))
     ids = random_ids(cfg, 1, LENGTH)
-    with torch.no_grad():
-        rope = tg.rotary_table(LENGTH, cfg.rope_dims or cfg.head_dim, cfg.rope_base, 32, torch.device("cpu"))
-        x = tg.embed(model, ids)
-        for block in model.blocks:
-            assert torch.equal(block(x, x, rope, None), x)
+    for looping in (False, True):
+        with torch.no_grad():
+            x, out = tg.embed(model, ids), model.hidden(ids, looping)
+            torch.testing.assert_close(tg.norm(out), tg.norm(x), rtol=0, atol=1e-5)
+            changed = randomise(tg.build_model(cfg, single(cfg))).hidden(ids, looping)
+            assert (tg.norm(changed) - tg.norm(x)).abs().max() > 0.1
 
 
 @every_variant
@@ -581,7 +582,7 @@ def test_8_data_do_not_depend_on_the_ranks(corpus, world_size):
         prefetcher.close()
 
 
-PINNED_ORDER = "1c2b"
+PINNED_ORDER = "bef8e333e29b44d60c779f3df796e5b21fc834e1c2b8f43e1a62bc14e2bc9dd0"
 
 
 def test_8_the_data_order_is_pinned(tmp_path):
@@ -622,18 +623,22 @@ def same(a, b) -> bool:
 
 @every_variant
 def test_8_resuming_is_exact(variant, corpus, tmp_path):
-    """Law 8: two runs of 20 steps are bit-equal, and so are 10 + 10 resumed in a new trainer, optimizers and EMA too."""
-    cfg = config_of(variant, iterations=20, **corpus.knobs())
+    """Law 8: two runs are bit-equal, and so are 10 + 10 resumed steps and 20: weights, average, optimizers.
+
+    A mechanism alone takes 3 + 3 steps.
+    """
+    steps = 6 if variant[1] else 20
+    cfg = config_of(variant, iterations=steps, train_batch_tokens=64, **corpus.knobs())
     whole, again, half = trainer_of(cfg), trainer_of(cfg), trainer_of(cfg, tmp_path)
-    losses = run_steps(whole, 20, 20)
-    assert run_steps(again, 20, 20) == losses
+    losses = run_steps(whole, steps, steps)
+    assert run_steps(again, steps, steps) == losses
     assert same(whole.state_dict(), again.state_dict())
-    first = run_steps(half, 10, 20)
+    first = run_steps(half, steps // 2, steps)
     half.save()
     second = trainer_of(cfg, tmp_path)
     assert not same(second.state_dict()["model"], half.state_dict()["model"])
     second.resume()
-    assert first + run_steps(second, 10, 20) == losses
+    assert first + run_steps(second, steps // 2, steps) == losses
     assert same(second.state_dict(), whole.state_dict())
 
 
@@ -693,14 +698,23 @@ def test_9_whichever_binds_drives():
 @every_preset
 def test_9_learning_rate_schedule(preset):
     """1 until the warmdown, then a straight line to MIN_LR; never rises, never leaves [MIN_LR, 1]."""
-    cfg = replace(tg.read_config({"PRESET": preset})[0], min_lr=0.1)
-    values = [tg.lr_scale(cfg, i / 1000) for i in range(1001)]
+    cfg, late = replace(tg.read_config({"PRESET": preset})[0], min_lr=0.1), 10**6
+    values = [tg.lr_scale(cfg, late, i / 1000) for i in range(1001)]
     assert values[0] == 1.0 and values[-1] == pytest.approx(0.1)
     assert all(a >= b for a, b in zip(values[:-1], values[1:], strict=True))
     middle = 1 - cfg.warmdown_frac / 2
-    assert tg.lr_scale(cfg, middle) == pytest.approx(0.55)
-    assert tg.lr_scale(cfg, 1 - cfg.warmdown_frac - 1e-6) == 1.0
-    assert {tg.lr_scale(replace(cfg, warmdown_frac=0.0), i / 10) for i in range(11)} == {1.0}
+    assert tg.lr_scale(cfg, late, middle) == pytest.approx(0.55)
+    assert tg.lr_scale(cfg, late, 1 - cfg.warmdown_frac - 1e-6) == 1.0
+    assert {tg.lr_scale(replace(cfg, warmdown_frac=0.0), late, i / 10) for i in range(11)} == {1.0}
+
+
+def test_9_learning_rate_warm_up():
+    """Over LR_WARMUP_STEPS the rate rises step by step from above 0 to 1, and not at all without a warm-up."""
+    cfg = tiny("record", lr_warmup_steps=4)
+    rise = [tg.lr_scale(cfg, step, 0.0) for step in range(6)]
+    assert 0 < rise[0] and rise[4:] == [1.0, 1.0]
+    assert all(a < b for a, b in zip(rise[:4], rise[1:5], strict=True))
+    assert tg.lr_scale(replace(cfg, lr_warmup_steps=0), 0, 0.0) == 1.0
 
 
 @every_preset
@@ -1019,37 +1033,32 @@ HOSTILE_CONFIG = {
 }
 
 
-def limited_eval(blob: bytes, corpus, folder: Path, gigabytes: float = 4) -> tuple:
-    """The eval command on a blob, in a process whose memory is limited."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "final_model.ptz").write_bytes(blob)
-    code = (
-        f"import resource, sys; sys.path.insert(0, {str(ROOT)!r}); import train_gpt\n"
-        f"resource.setrlimit(resource.RLIMIT_AS, (int({gigabytes} * 2**30),) * 2)\n"
-        f"sys.argv = ['train_gpt.py', 'eval', {str(folder / 'final_model.ptz')!r}]\n"
-        "sys.exit(train_gpt.main())\n"
-    )
-    env = clean_env(corpus.env(), {"DEVICE": "cpu", "THREADS": "1"})
-    return finish(start([sys.executable, "-c", code], env, cwd=folder), timeout=20)
-
-
 @pytest.fixture(scope="module")
 def hostile_evals(corpus, tmp_path_factory) -> dict:
-    """How eval ends on artifacts whose configuration is hostile."""
+    """How eval ends on artifacts whose configuration is hostile, and on a sound one."""
     cfg = tiny("record", **corpus.knobs())
     blob = tg.pack(cfg, tg.quantize(cfg, tiny_model(cfg).state_dict(), {}), True, quick=True)
     root, jobs = tmp_path_factory.mktemp("hostile"), {}
-    for case, change in HOSTILE_CONFIG.items():
+    env = clean_env(corpus.env(), {"DEVICE": "cpu", "THREADS": "1"})
+    for case, change in {**HOSTILE_CONFIG, "sound": {}}.items():
         header, streams = parts_of(blob)
         header["config"] |= change
-        jobs[case] = sealed(header, streams)
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(jobs, pool.map(lambda case: limited_eval(jobs[case], corpus, root / case), jobs), strict=True))
+        path = root / case / "final_model.ptz"
+        path.parent.mkdir()
+        path.write_bytes(sealed(header, streams))
+        jobs[case] = (["eval", path], env)
+    return sandbox(jobs, root, seconds=8)
+
+
+def test_11_the_sandbox_scores_a_sound_artifact(hostile_evals):
+    """The sandbox itself leaves enough room for an honest artifact."""
+    ended = hostile_evals["sound"]
+    assert ended.code == 0 and "val_bpb" in ended.out, ended.err
 
 
 @pytest.mark.parametrize("case", HOSTILE_CONFIG)
 def test_11_hostile_configurations(hostile_evals, case):
-    """Law 11: a configuration that contradicts the tensors or the knobs' ranges is one error line, before allocation."""
+    """Law 11: a configuration that contradicts the tensors or the knobs' ranges is one error line, in time."""
     ended = hostile_evals[case]
     assert ended.code == 2, ended.err[-600:]
     assert len(ended.err.splitlines()) == 1 and ended.err.startswith("error:")
@@ -1074,12 +1083,12 @@ def zeros(kind: str, megabytes: int) -> bytes:
 
 @pytest.mark.parametrize("kind", list(tg.COMPRESSORS))
 def test_11_decompression_bombs(kind, tmp_path):
-    """Law 11: a stream that unfolds to a gigabyte where 64 KB are declared is refused within 200 MB of memory."""
+    """Law 11: a stream that unfolds to 128 MB where 64 KB are declared is refused within 48 MB of memory."""
     if kind not in available_compressors():
         pytest.skip(f"{kind} is not installed")
     header = dict(config={}, looping=False, compressor=kind, tensors=[["x", [1 << 15], "half"]], integers=0,
                   halves=1 << 16, streams=[0])  # fmt: skip
-    bomb = zeros(kind, 1024)
+    bomb = zeros(kind, 128)
     header["streams"] = [len(bomb)]
     (tmp_path / "bomb").write_bytes(sealed(header, bomb))
     code = (
@@ -1091,7 +1100,7 @@ def test_11_decompression_bombs(kind, tmp_path):
     )
     ended = finish(start([sys.executable, "-c", code], clean_env(), cwd=tmp_path))
     assert ended.code == 0, ended.err
-    assert int(ended.out) < 200
+    assert int(ended.out) < 48
 
 
 def test_11_memory_stays_bounded(artifact):
@@ -1168,7 +1177,7 @@ def dense(stored: dict) -> dict:
 
 @pytest.mark.parametrize("index", range(len(ROWS)))
 def test_12_mechanisms_compose(index, corpus):
-    """Law 12: two steps, Hessians, quantization, packing, unpacking and every evaluation row, for all pairs of knobs."""
+    """Law 12: two steps, Hessians, packing, unpacking and every evaluation row, for all pairs of knobs."""
     cfg = tiny("record", **ROWS[index], **corpus.knobs())
     trainer = trainer_of(cfg)
     losses = run_steps(trainer, 2, 2)

@@ -56,7 +56,9 @@ def test_nesting_stays_shallow():
 
 def test_nesting_is_counted():
     """The counter itself: five blocks are five, elif adds none."""
-    deep = "def f():\n if a:\n  for b in c:\n   while d:\n    with e:\n     try:\n      pass\n     finally:\n      pass\n"
+    deep = (
+        "def f():\n if a:\n  for b in c:\n   while d:\n    with e:\n     try:\n      pass\n     finally:\n      pass\n"
+    )
     flat = "def f():\n if a:\n  pass\n elif b:\n  pass\n elif c:\n  pass\n"
     assert nesting(ast.parse(deep).body[0]) == 5
     assert nesting(ast.parse(flat).body[0]) == 1
@@ -79,7 +81,7 @@ def test_ascii_only():
 
 
 def test_import_has_no_side_effects(tmp_path):
-    """Importing prints nothing, writes nothing, starts no GPU, no process group, no thread, and draws no random number."""
+    """Importing prints nothing, writes nothing, starts no GPU, group or thread, draws no random number."""
     code = (
         f"import sys, threading; sys.path.insert(0, {str(ROOT)!r}); import torch, random, os\n"
         "before = torch.get_rng_state().clone(), dict(os.environ), torch.get_num_threads()\n"

@@ -1,0 +1,679 @@
+"""The arithmetic: optimizer, quantizer, fitting, averaging, rotation, attention, the schedule of layers, the data."""
+
+import inspect
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import (
+    VOCAB,
+    available_compressors,
+    both_loop_states,
+    every_preset,
+    random_ids,
+    randomise,
+    replace,
+    single,
+    tg,
+    tiny,
+    tiny_model,
+    write_shard,
+)
+
+
+def call(function, *arguments):
+    """A part of the model, with the plain kernels where it takes kernels."""
+    more = {"ops": tg.PLAIN} if "ops" in inspect.signature(function).parameters else {}
+    return function(*arguments, **more)
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- Muon -----------------------------------------------------------------------------------------------------------
+
+
+def with_spectrum(rows: int, columns: int, smallest: float) -> torch.Tensor:
+    """A matrix with singular values spread evenly (in logarithm) from 1 down to ``smallest``."""
+    rank = min(rows, columns)
+    u, v = torch.linalg.qr(noise(rows, rank))[0], torch.linalg.qr(noise(columns, rank, seed=1))[0]
+    return (u * torch.logspace(0, math.log10(smallest), rank)) @ v.T
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (32, 96), (96, 32)])
+@pytest.mark.parametrize(("kind", "low", "high"), [("quintic", 0.6, 1.3), ("polar", 0.85, 1.15)])
+def test_newton_schulz_flattens_the_spectrum(kind, low, high, shape):
+    """After five iterations singular values over a range of 30 lie in a band around 1, each on its own side."""
+    g = torch.stack([with_spectrum(*shape, 1 / 30), noise(*shape)[:, : shape[1]]])
+    x = tg.newton_schulz(g[:1], 5, tg.MUON_COEFFICIENTS[kind], torch.float32)
+    values = torch.linalg.svdvals(x[0])
+    assert low < values.min() and values.max() < high
+    u, _, vt = torch.linalg.svd(g[0], full_matrices=False)
+    assert F.cosine_similarity(x[0].flatten(), (u @ vt).flatten(), dim=0) > 0.98
+    both = tg.newton_schulz(g, 5, tg.MUON_COEFFICIENTS[kind], torch.float32)
+    torch.testing.assert_close(both[0], x[0], rtol=1e-4, atol=1e-5)
+
+
+def test_newton_schulz_of_nothing_is_nothing():
+    """A zero gradient gives a zero update, not 0/0."""
+    assert not tg.newton_schulz(torch.zeros(1, 8, 16), 5, tg.MUON_COEFFICIENTS["quintic"], torch.float32).any()
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (64, 16), (16, 64)])
+def test_muon_agrees_with_torch(shape):
+    """Three steps move a matrix in the direction of torch.optim.Muon's (which works in bf16)."""
+    start = noise(*shape)
+    param = torch.nn.Parameter(start.clone())
+    theirs = torch.optim.Muon([param], lr=0.1, weight_decay=0.0, momentum=0.9)
+    momentum, total = torch.zeros(1, *shape), torch.zeros(shape)
+    for step in range(3):
+        param.grad = noise(*shape, seed=10 + step)
+        theirs.step()
+        total -= tg.muon_update(
+            noise(1, *shape, seed=10 + step), momentum, 0.9, False,
+            lambda g: tg.newton_schulz(g, 5, tg.MUON_COEFFICIENTS["quintic"], torch.float32),
+        )[0]  # fmt: skip
+    assert F.cosine_similarity((param.detach() - start).flatten(), total.flatten(), dim=0) > 0.99
+
+
+def test_muon_update_by_hand():
+    """Nesterov momentum, in place; factor sqrt(rows / columns) for tall matrices; rows of any length count alike."""
+    g, m = noise(2, 12, 3), noise(2, 12, 3, seed=1)
+    wanted_m = 0.9 * m + g
+    update = tg.muon_update(g, m, 0.9, False, lambda x: x)
+    torch.testing.assert_close(m, wanted_m)
+    torch.testing.assert_close(update, 2 * (g + 0.9 * wanted_m))
+    scaled = g * torch.logspace(-3, 3, 12)[:, None]
+    a, b = (tg.muon_update(x, torch.zeros_like(g), 0.9, True, lambda x: x) for x in (g, scaled))
+    torch.testing.assert_close(a, b)
+    torch.testing.assert_close(a.norm(dim=-1), torch.full((2, 12), 2.0))
+
+
+def test_gradient_clipping_is_global(corpus):
+    """The returned norm is that of all gradients; clipping leaves AdamW's direction and Muon's alone."""
+    run = single(tiny("record", grad_clip_norm=0.1, **corpus.knobs()))
+    model = tg.build_model(run.cfg, run)
+    optimizers = tg.Optimizers(model, run)
+    for index, param in enumerate(model.parameters()):
+        param.grad = noise(*param.shape, seed=index)
+    wanted = math.sqrt(sum(float(param.grad.square().sum()) for param in model.parameters()))
+    assert float(optimizers.step(1.0, 0.9)) == pytest.approx(wanted, rel=1e-5)
+    assert all(param.grad is None for param in model.parameters())
+    first = sum(float(state["exp_avg"].square().sum()) for state in optimizers.adam.state.values())
+    moved = sum(float(bank.momentum.square().sum()) for bank in optimizers.banks)
+    assert math.sqrt(first / 0.1**2 + moved) == pytest.approx(0.1, rel=1e-3)
+
+
+def test_learning_rate_zero_moves_nothing(corpus):
+    """All updates, weight decay included, scale with the learning rate."""
+    run = single(tiny("record", **corpus.knobs()))
+    model = tg.build_model(run.cfg, run)
+    before = [param.detach().clone() for param in model.parameters()]
+    optimizers = tg.Optimizers(model, run)
+    for scale in (0.0, 1.0):
+        for index, param in enumerate(model.parameters()):
+            param.grad = noise(*param.shape, seed=index)
+        optimizers.step(scale, 0.9)
+        moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+        assert all(moved) if scale else not any(moved)
+
+
+# ---- average --------------------------------------------------------------------------------------------------------
+
+
+def averaged(cfg: tg.Config, steps: int) -> list[float]:
+    """The average of one weight that is ``step`` after each step, having started at 1000."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1000.0)
+    ema, out = tg.Ema(model, cfg), []
+    for step in range(1, steps + 1):
+        with torch.no_grad():
+            model.weight.fill_(float(step))
+        ema.update(step)
+        out.append(float(ema.average["weight"]))
+    return out
+
+
+def test_ema_forgets_the_random_start():
+    """After the first step nothing of the initial weights is left."""
+    values = averaged(tiny("record", ema_decay=0.9965, ema_window_frac=0.06), 100)
+    assert values[0] == 1.0 and max(values) < 100
+
+
+def test_ema_window_grows_then_stays():
+    """The memory is EMA_WINDOW_FRAC of the steps so far, at most 1 / (1 - EMA_DECAY)."""
+    values = averaged(tiny("record", ema_decay=0.98, ema_window_frac=0.1), 2000)
+    average = 1000.0
+    for step, value in enumerate(values, 1):
+        average += (step - average) / max(1.0, min(50.0, 0.1 * step))
+        assert value == pytest.approx(average, rel=1e-4)
+    assert 2000 - values[-1] == pytest.approx(49, abs=1)
+    assert 200 - values[199] == pytest.approx(200 * 0.1 / 1.1, rel=0.1)
+
+
+def test_ema_off():
+    """EMA_DECAY=0 keeps no average."""
+    assert averaged(tiny("record", ema_decay=0.0), 3) == [1000.0] * 3
+
+
+def test_swapped_gives_back():
+    """Other weights inside the block, its own after it, even when the block fails."""
+    model = tiny_model(tiny("record"))
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    other = {name: tensor + 1 for name, tensor in own.items()}
+    with pytest.raises(ZeroDivisionError), tg.swapped(model, other):
+        assert all(torch.equal(tensor, other[name]) for name, tensor in model.state_dict().items())
+        _ = 1 / 0
+    assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
+
+
+# ---- quantization ---------------------------------------------------------------------------------------------------
+
+
+def correlated(columns: int, samples: int = 2000) -> torch.Tensor:
+    """H = X^T X / n of inputs that share a few strong directions."""
+    x = noise(samples, columns) * 0.3 + noise(samples, 4, seed=1) @ noise(4, columns, seed=2)
+    return x.T @ x / samples
+
+
+def loss(W, q, scale, H) -> float:
+    error = W - q.float() * scale.float()[..., None]
+    return float(torch.einsum("nrc,ncd,nrd->", error, H, error))
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6])
+def test_gptq_beats_rounding(bits):
+    """On correlated inputs the H-weighted error is well below round-to-nearest's, for every matrix of the stack."""
+    W, H = noise(3, 24, 64), torch.stack([correlated(64), 5 * correlated(64), correlated(64).roll((3, 3), (0, 1))])
+    scale = tg.row_scales(W, bits, 3.0)
+    q, nearest = tg.gptq(W, H, scale, bits, 0.01), tg.round_to_nearest(W, scale, bits)
+    for i in range(3):
+        one = slice(i, i + 1)
+        assert loss(W[one], q[one], scale[one], H[one]) < 0.6 * loss(W[one], nearest[one], scale[one], H[one])
+    assert q.dtype == torch.int8 and int(q.abs().max()) <= 2 ** (bits - 1) - 1
+
+
+def test_gptq_with_independent_inputs_rounds():
+    """With H = identity there is nothing to feed back: round to nearest."""
+    W = noise(2, 16, 40)
+    scale = tg.row_scales(W, 6, 4.0)
+    q = tg.gptq(W, torch.eye(40).expand(2, 40, 40), scale, 6, 0.01)
+    assert torch.equal(q, tg.round_to_nearest(W, scale, 6))
+
+
+def test_gptq_blocks_do_not_matter():
+    """Lazy updates by blocks give the result of one block."""
+    W, H = noise(1, 16, 96).double(), correlated(96)[None].double()
+    scale = tg.row_scales(W, 5, 3.0)
+    whole = tg.gptq(W, H, scale, 5, 0.01, blocksize=96)
+    for size in (1, 7, 32):
+        assert (tg.gptq(W, H, scale, 5, 0.01, blocksize=size) != whole).double().mean() < 1e-3
+
+
+def test_gptq_orders_by_activation():
+    """Act-order: permuting the columns permutes the result and changes nothing else."""
+    W, H = noise(1, 16, 48).double(), (correlated(48) * torch.outer(*[torch.linspace(0.5, 2, 48)] * 2))[None].double()
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(3))
+    scale = tg.row_scales(W, 4, 3.0)
+    straight = tg.gptq(W, H, scale, 4, 0.01)
+    mixed = tg.gptq(W[:, :, order], H[:, order][:, :, order], scale, 4, 0.01)
+    assert (mixed != straight[:, :, order]).double().mean() < 1e-3
+
+
+def test_gptq_dead_columns():
+    """Inputs that never fire are stored as zeros and disturb no other column."""
+    W, H = noise(1, 16, 32), correlated(32)[None].clone()
+    dead = torch.tensor([0, 5, 31])
+    H[:, dead], H[:, :, dead] = 0, 0
+    live = torch.tensor([i for i in range(32) if i not in dead])
+    scale = tg.row_scales(W, 5, 3.0)
+    q = tg.gptq(W, H, scale, 5, 0.01)
+    assert not q[:, :, dead].any() and q[:, :, live].any()
+    nearest = tg.round_to_nearest(W, scale, 5)
+    assert loss(W, q, scale, H) < loss(W, nearest, scale, H)
+
+
+def test_gptq_singular_hessian():
+    """A Hessian of rank one is damped until it can be inverted; one that is no number is a clear error."""
+    x = noise(1, 24)
+    W = noise(1, 8, 24)
+    scale = tg.row_scales(W, 6, 4.0)
+    q = tg.gptq(W, (x.T @ x)[None], scale, 6, 0.01)
+    assert loss(W, q, scale, (x.T @ x)[None]) < loss(W, tg.round_to_nearest(W, scale, 6), scale, (x.T @ x)[None])
+    with pytest.raises(tg.UserError, match="Hessian"):
+        tg.cholesky_of_inverse(-torch.eye(4)[None], 0.01)
+
+
+def test_gptq_does_not_change_its_input():
+    """Weights and Hessians can be used again."""
+    W, H = noise(1, 8, 16), correlated(16)[None]
+    copies = W.clone(), H.clone()
+    tg.gptq(W, H, tg.row_scales(W, 6, 4.0), 6, 0.01)
+    assert torch.equal(W, copies[0]) and torch.equal(H, copies[1])
+
+
+def test_row_scales():
+    """Scale = sigmas x standard deviation / top, in fp16, with a floor for constant rows."""
+    W = noise(1, 3, 4000)
+    W[0, 1] *= 7
+    W[0, 2] = 5.0
+    scale = tg.row_scales(W, 6, 12.85)
+    torch.testing.assert_close(scale[0, :2].float(), 12.85 * W[0, :2].std(-1) / 31, rtol=1e-3, atol=0)
+    assert scale.dtype == torch.float16 and scale[0, 2] == 2.0**-14
+    assert torch.isfinite(tg.row_scales(W * 1e9, 2, 50.0)).all()
+    assert not tg.round_to_nearest(torch.zeros(1, 2, 8), tg.row_scales(torch.zeros(1, 2, 8), 6, 4.0), 6).any()
+
+
+def test_rounding_error_is_half_a_step():
+    """Within the clip range no weight moves by more than half a step (and fp16's rounding of the step)."""
+    W = noise(1, 8, 500)
+    scale = tg.row_scales(W, 8, 6.0)
+    error = (W - tg.round_to_nearest(W, scale, 8).float() * scale.float()[..., None]).abs()
+    assert (error <= 0.501 * scale.float()[..., None]).all()
+
+
+def test_hessians_are_the_inputs_second_moment(corpus):
+    """H of a map is the mean of x x^T over its inputs, every visit of a looped layer counted; the head's too."""
+    cfg = tiny("record", **corpus.knobs())
+    run, model = single(cfg), tiny_model(cfg)
+    rows = torch.cat([random_ids(cfg, 6, 32), torch.zeros(6, 1, dtype=torch.long)], 1)
+    seen: dict[str, list] = {"blocks.2.mlp.up": [], "blocks.4.attn.proj": []}
+    plain = {name: model.get_submodule(name) for name in seen}
+    hessians = tg.collect_hessians(run, model, rows, True)
+    for name, module in plain.items():
+        module.tap = lambda x, name=name: seen[name].append(x.detach().flatten(0, -2).double())
+    with torch.no_grad():
+        hidden = model.hidden(rows[:, :-1], True)
+    for name, inputs in seen.items():
+        x = torch.cat(inputs)
+        wanted = x.T @ x / (6 * 32)
+        torch.testing.assert_close(hessians[f"{name}.weight"].double(), wanted, rtol=1e-4, atol=1e-4)
+    assert len(seen["blocks.2.mlp.up"]) == 1 + cfg.num_loops and len(seen["blocks.4.attn.proj"]) == 1
+    x = tg.norm(hidden).flatten(0, 1).double()
+    torch.testing.assert_close(hessians["embed"].double(), x.T @ x / (6 * 32), rtol=1e-4, atol=1e-4)
+    quantized = {name for name in model.state_dict() if tg.owner(name, tg.TENSOR_PLAN).codec == "int"}
+    assert set(hessians) == quantized
+
+
+def test_planes_and_back():
+    """Byte planes are inverted exactly, odd lengths and nothing included."""
+    for size in (0, 1, 2, 3, 10, 257):
+        data = bytes(range(256))[:size] if size < 257 else bytes(range(256)) + b"x"
+        assert tg.interleaved(tg.planes(data)) == data
+    assert tg.planes(b"aAbBcC") == b"abcABC"
+
+
+def test_entropy_bytes():
+    """Order-0 entropy of each integer tensor plus two bytes a half: known cases, and a bound that coders respect."""
+    uniform = tg.Quantized(torch.arange(-8, 8, dtype=torch.int8).repeat(4, 16), torch.ones(4).half())
+    assert tg.entropy_bytes({"a": uniform}) == pytest.approx(4 * 256 / 2 + 2 * 4)
+    constant = tg.Quantized(torch.full((4, 256), -31, dtype=torch.int8), torch.ones(4).half())
+    assert tg.entropy_bytes({"a": constant, "b": torch.ones(7).half()}) == pytest.approx(8 + 14)
+    q = (noise(256, 256) * 5).round().clamp(-31, 31).to(torch.int8)
+    ideal = tg.entropy_bytes({"a": tg.Quantized(q, noise(256).half())})
+    for name in available_compressors():
+        size = len(tg.COMPRESSORS[name].encode(q.numpy().tobytes(), False)) + 512
+        assert 0.98 * ideal < size < 1.15 * ideal
+
+
+@pytest.mark.parametrize("name", available_compressors())
+def test_compressors_give_back_what_they_got(name):
+    """decode(encode(x)) == x, quick and slow, empty and large."""
+    coder = tg.COMPRESSORS[name]
+    for data in (b"", b"x", bytes(1 << 20), np.random.default_rng(0).bytes(100_000)):
+        for quick in (True, False):
+            assert coder.decode(coder.encode(data, quick), len(data)) == data
+
+
+def fit_problem() -> tuple[tg.Config, dict]:
+    cfg = tiny("record", model_dim=128, vocab_size=1024, num_layers=4, loop_start=1, loop_end=2, xsa_last_n=1)
+    return cfg, randomise(tg.build_model(cfg, single(cfg))).state_dict()
+
+
+@pytest.mark.parametrize("target", [250_000, 420_000])
+def test_fit_lands_under_the_target(target):
+    """Code plus artifact come within 10 KB under SIZE_TARGET, in few packs, and the artifact reads back."""
+    cfg, state = fit_problem()
+    packed = tg.fit(replace(cfg, size_target=target), state, {}, True, 30_000)
+    assert target - 10_000 <= len(packed.blob) + 30_000 <= target
+    assert packed.packs <= 5
+    back = tg.unpack(packed.blob).state()
+    assert all(
+        torch.equal(back[name], tensor) for name, tensor in tg.Artifact({}, False, packed.stored).state().items()
+    )
+
+
+def test_fit_uses_what_is_free_and_refuses_what_cannot_fit():
+    """A loose target gives the finest steps, a tight one coarser steps, an impossible one OverBudget."""
+    cfg = tiny("record", num_layers=2, loop_start=0, loop_end=0, xsa_last_n=1)
+    state = tiny_model(cfg).state_dict()
+    loose = tg.fit(replace(cfg, size_target=5_000_000), state, {}, True, 0)
+    tight = tg.fit(replace(cfg, size_target=30_000), state, {}, True, 0)
+    assert loose.coarse == 2 ** tg.COARSE_RANGE[0] < tight.coarse
+    with pytest.raises(tg.OverBudget):
+        tg.fit(replace(cfg, size_target=3_000), state, {}, True, 0)
+
+
+def test_coarser_steps_pack_smaller():
+    """Size falls strictly with the steps' multiplier."""
+    cfg, state = fit_problem()
+    sizes = [len(tg.pack(cfg, tg.quantize(cfg, state, {}, 2.0**x), True, quick=True)) for x in (-1, 0, 1, 2)]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
+
+
+# ---- rotation, attention, layers ------------------------------------------------------------------------------------
+
+
+def test_rotary_positions_are_distinct():
+    """In fp32 all 2,048 positions have rows of their own, also in the lowest frequency alone."""
+    cos, sin = tg.rotary_table(2048, 16, 10000.0, 2048, torch.device("cpu"))
+    assert cos.dtype == sin.dtype == torch.float32 and cos.shape == (2048, 8)
+    both = torch.cat([cos, sin], 1)
+    assert len(both.unique(dim=0)) == 2048
+    assert len(torch.stack([cos[:, -1], sin[:, -1]], 1).unique(dim=0)) == 2048
+
+
+def test_rotary_angles():
+    """Angle = position x base^(-2j/dims), with the base stretched beyond the trained length (NTK)."""
+    position = np.arange(64)[:, None]
+    for length, trained in ((64, 64), (64, 128), (64, 16)):
+        base = 10000.0 * (4 ** (16 / 14) if trained == 16 else 1)
+        cos, sin = tg.rotary_table(length, 16, 10000.0, trained, torch.device("cpu"))
+        angle = position * base ** (-2 * np.arange(8) / 16)
+        np.testing.assert_allclose(cos.numpy(), np.cos(angle), atol=1e-6)
+        np.testing.assert_allclose(sin.numpy(), np.sin(angle), atol=1e-6)
+
+
+def test_rotation_is_relative():
+    """q . k depends on the distance alone, lengths are kept, and unrotated dimensions pass."""
+    rope = tg.rotary_table(32, 8, 100.0, 32, torch.device("cpu"))
+    q, k = (noise(1, 1, 1, 12, seed=seed).expand(1, 32, 1, 12) for seed in (0, 1))
+    rq, rk = tg.rotate(q, rope)[0, :, 0], tg.rotate(k, rope)[0, :, 0]
+    products = rq @ rk.T
+    for distance in (0, 3, 10):
+        diagonal = products.diagonal(-distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-4, atol=1e-4)
+    assert (products.diagonal(-3) - products.diagonal(-10)[0]).abs().min() > 1e-3
+    torch.testing.assert_close(rq.norm(dim=-1), q[0, :, 0].norm(dim=-1))
+    assert torch.equal(rq[:, 8:], q[0, :, 0, 8:])
+
+
+def naive_attention(q, k, v, docs):
+    """Causal grouped-query attention in fp64, one head and one position at a time."""
+    q, k, v = (x.double() for x in (q, k, v))
+    out, share = torch.zeros_like(q), q.shape[2] // k.shape[2]
+    for b in range(q.shape[0]):
+        for t in range(q.shape[1]):
+            seen = [s for s in range(t + 1) if docs is None or docs[b, s] == docs[b, t]]
+            for h in range(q.shape[2]):
+                keys, values = k[b, seen, h // share], v[b, seen, h // share]
+                out[b, t, h] = (keys @ q[b, t, h] / q.shape[3] ** 0.5).softmax(0) @ values
+    return out
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_attention_equals_the_definition(groups, documents):
+    """attend() against a naive fp64 reference, with and without document boundaries."""
+    q, k, v = noise(2, 13, 4, 8), noise(2, 13, groups, 8, seed=1), noise(2, 13, groups, 8, seed=2)
+    docs = (noise(2, 13, seed=3) > 0.8).cumsum(1) if documents else None
+    backend = tg.select_attention(tiny("record"), torch.device("cpu"))
+    got = tg.attend(q, k, v, docs, backend)
+    torch.testing.assert_close(got.double(), naive_attention(q, k, v, docs), rtol=1e-5, atol=1e-5)
+
+
+def test_packed_documents_are_separate():
+    """With PACK_DOCS a document's logits do not depend on the documents before it in its sequence."""
+    cfg = tiny("record", pack_docs=True, rope_dims=0, smear_gate=True)
+    model = tiny_model(cfg)
+    ids = random_ids(cfg, 1, 24)
+    other = ids.clone()
+    other[:, :8] = random_ids(cfg, 1, 24, seed=5)[:, :8]
+    assert ids[0, 8] == other[0, 8] == tg.BOS
+    with torch.no_grad():
+        a, b = model.logits(ids, True), model.logits(other, True)
+    assert torch.equal(a[:, 8:], b[:, 8:]) and not torch.equal(a[:, :8], b[:, :8])
+
+
+def test_exclude_self_is_orthogonal():
+    """XSA leaves nothing along the position's own value, and leaves the rest alone."""
+    y, v = noise(2, 5, 4, 8), noise(2, 5, 2, 8, seed=1)
+    out = call(tg.ExcludeSelf(tiny("record"), "xsa").forward, y, v, None)
+    own = v.repeat_interleave(2, dim=2)
+    torch.testing.assert_close((out * own).sum(-1), torch.zeros(2, 5, 4), rtol=0, atol=1e-5)
+    removed = y - out
+    cosine = F.cosine_similarity(removed, own, dim=-1).abs()
+    torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=0, atol=1e-4)
+
+
+def test_norm_and_softcap():
+    """norm gives unit mean square; the cap is C tanh(z / C)."""
+    x = 100 * noise(3, 64)
+    torch.testing.assert_close(tg.norm(x).square().mean(-1), torch.ones(3))
+    weight = noise(10, 64)
+    z = (tg.norm(x) @ weight.T).double()
+    wanted = 5 * torch.tanh(z / 5)
+    torch.testing.assert_close(tg.head_logits(x, weight, 5.0).double(), wanted, rtol=1e-4, atol=1e-5)
+    targets = torch.tensor([1, 9, 0])
+    nll = -wanted.log_softmax(-1)[torch.arange(3), targets]
+    torch.testing.assert_close(call(tg.head_nll, x, weight, targets, 5.0).double(), nll, rtol=1e-5, atol=1e-5)
+
+
+def test_mlp_activation():
+    """down(leaky_relu(up x)^2), the slope on negative inputs."""
+    cfg = tiny("record", mlp_slope=0.25)
+    mlp = tg.MLP(cfg, "mlp")
+    with torch.no_grad():
+        mlp.down.weight.copy_(noise(*mlp.down.weight.shape))
+    x = noise(3, 64)
+    h = x @ mlp.up.weight.T * 0.5
+    wanted = torch.where(h > 0, h, 0.25 * h).square() @ mlp.down.weight.T * 3.0
+    got = call(mlp.forward, x, torch.tensor(0.5), torch.full((64,), 3.0))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+# ---- the schedule and the census ------------------------------------------------------------------------------------
+
+
+def full(preset: str) -> tg.Config:
+    return tg.read_config({"PRESET": preset})[0]
+
+
+def test_virtual_order_of_pr1783():
+    """Layers 3-5 run four times: 20 visits, halved as the public logs print them; 11 without the loop."""
+    cfg = full("pr1783")
+    encoder, decoder = tg.halves(cfg, True)
+    assert encoder == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3] and decoder == [4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert len(tg.virtual_order(cfg, True)) == 20
+    assert tg.virtual_order(cfg, False) == list(range(11))
+
+
+def test_skip_pairs_of_pr1783():
+    """The U-Net pairs do not change when the recurrence is switched on."""
+    cfg = full("pr1783")
+    pairs = tg.skip_pairs(cfg)
+    assert pairs == {6: 3, 7: 2, 8: 1, 9: 0}
+    for looping in (False, True):
+        used = {visit.layer: visit.skip_from for visit in tg.schedule(cfg, looping) if visit.skip_from is not None}
+        assert used == pairs
+
+
+@both_loop_states
+@every_preset
+def test_schedules_can_be_walked(preset, looping):
+    """Every skip has its source kept before it is wanted, once; every layer runs; only the segment repeats."""
+    for cfg in (full(preset), tiny(preset), tiny("record", num_layers=3, loop_start=1, loop_end=1, xsa_last_n=1)):
+        kept = set()
+        for visit in tg.schedule(cfg, looping):
+            if visit.skip_from is not None:
+                kept.remove(visit.skip_from)
+            if visit.keep:
+                kept.add(visit.layer)
+        assert not kept
+        order = tg.virtual_order(cfg, looping)
+        for layer in range(cfg.num_layers):
+            inside = looping and cfg.loops and cfg.loop_start <= layer <= cfg.loop_end
+            assert order.count(layer) == (1 + cfg.num_loops if inside else 1)
+
+
+def meta_model(cfg: tg.Config, monkeypatch) -> tg.GPT:
+    """The model's shapes without its memory."""
+    monkeypatch.setattr(tg, "select_attention", lambda cfg, device: "math")
+    with torch.device("meta"):
+        return tg.GPT(cfg, torch.device("meta"), torch.float32)
+
+
+def test_census_of_pr1783(monkeypatch):
+    """66 matrices with 31,719,424 weights and an embedding of 4,194,304 at SP8192."""
+    params = dict(meta_model(full("pr1783"), monkeypatch).named_parameters())
+    matrices = {name: p for name, p in params.items() if tg.owner(name, tg.PARAM_TABLE).kind == "muon"}
+    assert len(matrices) == 66
+    assert sum(p.numel() for p in matrices.values()) == 31_719_424
+    assert params["embed"].numel() == 4_194_304 and tuple(params["embed"].shape) == (8192, 512)
+
+
+def test_census_of_the_baseline(monkeypatch):
+    """The baseline's nine layers: 54 matrices, 16,515,072 weights, a tied embedding of 1024 x 512."""
+    params = dict(meta_model(full("naive"), monkeypatch).named_parameters())
+    matrices = [p for name, p in params.items() if tg.owner(name, tg.PARAM_TABLE).kind == "muon"]
+    assert (len(matrices), sum(p.numel() for p in matrices)) == (54, 16_515_072)
+    assert params["embed"].numel() == 1024 * 512 and "head.weight" not in params
+
+
+@both_loop_states
+@every_preset
+def test_flops_count_every_visit(preset, looping, monkeypatch):
+    """6 x weights applied (every visit and the head) + 6 T D a visit."""
+    cfg = full(preset)
+    params = dict(meta_model(cfg, monkeypatch).named_parameters())
+    total = 0
+    for layer in tg.virtual_order(cfg, looping):
+        of_layer = (p.numel() for name, p in params.items() if name.startswith(f"blocks.{layer}.") and "weight" in name)
+        total += 6 * sum(of_layer) + 6 * cfg.train_seq_len * cfg.model_dim
+    assert tg.flops_per_token(cfg, looping) == total + 6 * cfg.vocab_size * cfg.model_dim
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+def stream_of(folder, sizes: list[int], **values) -> tg.TrainStream:
+    """A stream over shards whose token values tell where they stand (no two windows are alike)."""
+    begin = 0
+    for index, size in enumerate(sizes):
+        write_shard(folder / f"fineweb_train_{index:06d}.bin", np.arange(begin, begin + size) % 60000)
+        begin += size
+    return tg.TrainStream(tiny("record", data_path=str(folder), vocab_size=60000, **values))
+
+
+def test_every_window_once_an_epoch(tmp_path):
+    """An epoch covers each shard's disjoint windows once, in a shuffled order, and the next epoch another order."""
+    stream, sizes = stream_of(tmp_path, [1000, 33, 32, 5, 640]), [1000, 33, 32, 5, 640]
+    windows = sum((size - 1) // 32 for size in sizes)
+    assert stream.total == windows == 31 + 1 + 0 + 0 + 19
+    orders = []
+    for epoch in range(3):
+        rows = stream.batch(epoch * windows, windows)
+        assert torch.equal(rows[:, 1:] - rows[:, :-1], torch.ones(windows, 32, dtype=torch.int32))
+        first = rows[:, 0].tolist()
+        covered = sorted(token for begin in first for token in range(begin, begin + 32))
+        assert len(set(covered)) == len(covered) == 32 * windows
+        assert first != sorted(first)
+        orders.append(first)
+    assert len({tuple(order) for order in orders}) == 3
+
+
+def test_the_stream_wraps(tmp_path):
+    """Batches run across the end of an epoch, and any slicing of the stream gives the same windows."""
+    stream = stream_of(tmp_path, [300, 200])
+    whole = stream.batch(0, 60)
+    assert stream.total == 15
+    for size in (1, 7, 30):
+        parts = [stream.batch(begin, min(size, 60 - begin)) for begin in range(0, 60, size)]
+        assert torch.equal(torch.cat(parts), whole)
+
+
+def test_more_ranks_than_shards(tmp_path):
+    """Eight ranks share one shard; ranks beyond the batch's sequences get none."""
+    stream = stream_of(tmp_path, [2000], train_batch_tokens=32 * 6)
+    run = single(stream_config := tiny("record", data_path=str(tmp_path), vocab_size=60000, train_batch_tokens=32 * 6))
+    run.world_size, parts = 8, []
+    assert stream_config.train_batch_tokens == 192
+    for rank in range(8):
+        run.rank = rank
+        share = run.split(6)
+        parts.append(stream.batch(share.start, len(share)))
+    assert torch.equal(torch.cat(parts), stream.batch(0, 6))
+
+
+def test_the_seed_sets_the_order(tmp_path):
+    """The same seed gives the same batches, another seed others."""
+    a = stream_of(tmp_path, [3000]).batch(0, 20)
+    assert torch.equal(a, stream_of(tmp_path, [3000]).batch(0, 20))
+    assert not torch.equal(a, stream_of(tmp_path, [3000], seed=7).batch(0, 20))
+
+
+def test_split_covers_everything():
+    """Contiguous shares of any number of ranks, no gap, no overlap, sizes within one."""
+    run = single(tiny("record"))
+    for world_size in (1, 2, 3, 8):
+        for count in (0, 1, 5, 8, 100):
+            run.world_size, shares = world_size, []
+            for rank in range(world_size):
+                run.rank = rank
+                shares.append(run.split(count))
+            assert [i for share in shares for i in share] == list(range(count))
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+DAMAGE = {
+    "magic": lambda b: b"\1" + b[1:],
+    "version": lambda b: b[:4] + b"\2" + b[5:],
+    "endianness": lambda b: np.frombuffer(b[:1024], "<i4").astype(">i4").tobytes() + b[1024:],
+    "truncated": lambda b: b[:-2],
+    "odd": lambda b: b[:-1],
+    "longer": lambda b: b + b"\0\0",
+    "header_only": lambda b: b[:1024],
+    "half_a_header": lambda b: b[:500],
+    "empty": lambda b: b"",
+    "negative": lambda b: b[:8] + b"\xff\xff\xff\xff" + b[12:],
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_shards(case, tmp_path):
+    """Every kind of damage to a shard is one clear error that names the file."""
+    path = write_shard(tmp_path / "fineweb_train_000000.bin", range(100))
+    assert tg.read_shard(path).tolist() == list(range(100))
+    path.write_bytes(DAMAGE[case](path.read_bytes()))
+    with pytest.raises(tg.UserError, match="fineweb_train_000000"):
+        tg.read_shard(path)
+
+
+def test_an_empty_shard_is_read_or_refused(tmp_path):
+    """A shard of no tokens is an empty array or a clear error, never a traceback."""
+    path = write_shard(tmp_path / "fineweb_train_000000.bin", [])
+    try:
+        assert len(tg.read_shard(path)) == 0
+    except tg.UserError as error:
+        assert "fineweb_train_000000" in str(error)
+
+
+def test_tokens_beyond_the_vocabulary(tmp_path):
+    """Training text of another tokenizer is refused when it is read."""
+    write_shard(tmp_path / "fineweb_train_000000.bin", np.full(100, VOCAB))
+    stream = tg.TrainStream(tiny("record", data_path=str(tmp_path)))
+    with pytest.raises(tg.UserError, match="VOCAB_SIZE"):
+        stream.batch(0, 1)
+
+
+def test_too_little_text(tmp_path):
+    """No training shard, or none as long as a sequence: a clear error."""
+    with pytest.raises(tg.UserError, match="fineweb_train"):
+        tg.TrainStream(tiny("record", data_path=str(tmp_path)))
+    write_shard(tmp_path / "fineweb_train_000000.bin", range(32))
+    with pytest.raises(tg.UserError, match="TRAIN_SEQ_LEN"):
+        tg.TrainStream(tiny("record", data_path=str(tmp_path)))

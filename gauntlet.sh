@@ -91,10 +91,7 @@ watch_run() {
 launch() { # FOLDER GPUS SCRIPT, variables in settings
   local folder=$1 gpus=$2 script=${3:-$root/train_gpt.py} where=$root cache=$runs/.cache
   local command=("$python" "$script")
-  if [[ -n ${3:-} ]]; then
-    where=$folder
-    command=("$python" "$folder/train_gpt.py")
-  fi
+  if [[ -n ${3:-} ]]; then where=$folder; fi
   if ((cold)); then cache=$folder/.cache; fi
   if ((gpus > 1)); then
     # torchrun ends with 1 whatever a rank ended with: every rank leaves its own code.
@@ -116,18 +113,18 @@ launch() { # FOLDER GPUS SCRIPT, variables in settings
 
 # One run from request to verdict: one_run LABEL FOLDER GPUS SCRIPT ACTION REQUEST
 one_run() {
-  local label=$1 folder=$2 code=0 lines flags=()
+  local label=$1 folder=$2 code=0 line lines flags=()
   if [[ $5 == resume ]]; then flags=(--resume); fi
   lines=$(report begin "$folder" "$6" ${flags[@]+"${flags[@]}"})
   settings=()
   while IFS= read -r line; do settings+=("$line"); done <<<"$lines"
+  if ((stopped)); then return; fi
   launch "$folder" "$3" "$4"
   watch_run "$label" "$folder"
   wait "$child" || code=$?
   child=0
   flags=()
   if ((stopped)); then flags=(--stopped); fi
-  lines=0
   say "$label $(report settle "$folder" "$code" ${flags[@]+"${flags[@]}"} || true)"
 }
 
@@ -138,6 +135,7 @@ run_plan() {
     case $action in run | resume) total=$((total + 1)) ;; esac
   done <<<"$1"
   while IFS=$'\x1f' read -r action folder gpus script reason request <&3; do
+    if ((stopped)); then return; fi
     case $action in
       skip) say "${folder##*/}: finished earlier" ;;
       run | resume)
@@ -145,7 +143,6 @@ run_plan() {
         number=$((number + 1))
         say "[$number/$total] ${folder##*/}: ${reason:-starting}$left"
         one_run "[$number/$total] ${folder##*/}" "$folder" "$gpus" "$script" "$action" "$request"
-        if ((stopped)); then return; fi
         ;;
       *) say "${folder##*/}: $action: $reason" ;;
     esac
@@ -153,25 +150,14 @@ run_plan() {
 }
 
 run_verb() {
-  local arguments=() word planned code=0 next=""
-  runs=$root/runs/gauntlet cold=0
-  for word in "$@"; do
-    if [[ $next == runs ]]; then case $word in /*) runs=$word ;; *) runs=$GAUNTLET_FROM/$word ;; esac; fi
-    next=""
-    case $word in
-      --cold) cold=1 ;;
-      --runs) next=runs arguments+=("$word") ;;
-      --runs=*) runs=${word#--runs=} arguments+=("--runs") next="" ;;&
-      --runs=*) case $runs in /*) ;; *) runs=$GAUNTLET_FROM/$runs ;; esac; arguments+=("$runs") ;;
-      *) arguments+=("$word") ;;
-    esac
-  done
-  planned=$(report plan --machine ${arguments[@]+"${arguments[@]}"})
+  local planned code=0
+  planned=$(report plan --machine "$@")
+  IFS=$'\x1f' read -r runs cold <<<"$planned"
   mkdir -p "$runs/.cache"
   keep_machine
   trap 'stop 130' INT
   trap 'stop 143' TERM
-  run_plan "$planned"
+  run_plan "${planned#*$'\n'}"
   say ""
   report judge "$runs" || code=$?
   if ((stopped)); then

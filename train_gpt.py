@@ -120,6 +120,8 @@ class Config:
     resume: bool = knob("run", False, "continue RUN_ID (or the newest run of this preset) from its checkpoint")
     device: str = knob("run", "auto", "where to run", choices=("auto", "cuda", "cpu"))
     compile: bool = knob("run", True, "torch.compile the block, the head and the optimizer (CUDA only)")
+    attention_backend: str = knob("run", "auto", "attention kernel; auto: FA3 if importable, else cuDNN on Hopper",
+                                  choices=("auto", "fa3", "cudnn", "flash", "efficient", "math"))
     fused: str = knob("run", "auto", "fused Triton operations; auto: on Hopper and later", choices=("auto", "0", "1"))
     threads: int = knob("run", 0, "CPU threads of one process; 0: torch's choice", lo=0)
     save_scores: bool = knob("run", True, "write scores.npz, the ledger of the final stage")
@@ -134,11 +136,11 @@ class Config:
     val_tokens_limit: int = knob("data", 0, "score the first N validation tokens only (never in a report)", lo=0)
 
     vocab_size: int = knob("model", 8192, "pieces of the tokenizer", lo=8, hi=65536)
-    num_layers: int = knob("model", 11, "physical layers", lo=1)
-    model_dim: int = knob("model", 512, "width of the residual stream", lo=8)
-    num_heads: int = knob("model", 8, "query heads", lo=1)
-    num_kv_heads: int = knob("model", 4, "key and value heads", lo=1)
-    mlp_mult: float = knob("model", 4.0, "MLP hidden width over MODEL_DIM", lo=0.25)
+    num_layers: int = knob("model", 11, "physical layers", lo=1, hi=256)
+    model_dim: int = knob("model", 512, "width of the residual stream", lo=8, hi=16384)
+    num_heads: int = knob("model", 8, "query heads", lo=1, hi=1024)
+    num_kv_heads: int = knob("model", 4, "key and value heads", lo=1, hi=1024)
+    mlp_mult: float = knob("model", 4.0, "MLP hidden width over MODEL_DIM", lo=0.25, hi=64)
     mlp_slope: float = knob("model", 0.5, "negative slope of the squared leaky ReLU; 0 is the squared ReLU", lo=0, hi=1)
     rope_dims: int = knob("model", 16, "rotated dimensions of each head; 0: all of them", lo=0)
     rope_base: float = knob("model", 10000.0, "longest rotary wavelength over 2 pi", lo=1)
@@ -152,16 +154,14 @@ class Config:
     skip_kind: str = knob("model", "gated", "U-Net skips from the first half of the layers to the second",
                           choices=("none", "add", "gated"))
     parallel_residual_start: int = knob("model", 5, "attention and MLP in parallel from this layer on; negative: never")
-    num_loops: int = knob("model", 3, "extra passes over layers LOOP_START..LOOP_END; 0: no recurrence", lo=0)
+    num_loops: int = knob("model", 3, "extra passes over layers LOOP_START..LOOP_END; 0: none", lo=0, hi=64)
     loop_start: int = knob("model", 3, "first layer of the repeated segment", lo=0)
     loop_end: int = knob("model", 5, "last layer of the repeated segment", lo=0)
     tie_embeddings: bool = knob("model", True, "the head is the embedding transposed")
     tied_embed_init_std: float = knob("model", 0.005, "standard deviation of the initial embedding", lo=0)
     logit_softcap: float = knob("model", 30.0, "logits are C tanh(z / C)", lo=1)
-    train_seq_len: int = knob("model", 2048, "tokens of a training sequence", lo=2)
+    train_seq_len: int = knob("model", 2048, "tokens of a training sequence", lo=2, hi=1 << 20)
     pack_docs: bool = knob("model", False, "attention stays inside a document (boundaries at BOS)")
-    attention_backend: str = knob("run", "auto", "attention kernel; auto: FA3 if importable, else cuDNN on Hopper",
-                                  choices=("auto", "fa3", "cudnn", "flash", "efficient", "math"))
 
     iterations: int = knob("train", 20000, "most optimizer steps", lo=0)
     max_wallclock_seconds: float = knob("train", 580.0, "training clock, Hessians included; 0: none", lo=0)
@@ -181,8 +181,8 @@ class Config:
     muon_wd: float = knob("train", 0.095, "Muon's decoupled weight decay", lo=0)
     embed_wd: float = knob("train", 0.085, "weight decay of the embedding and the head", lo=0)
     adam_wd: float = knob("train", 0.02, "weight decay of gains, mixes and gates", lo=0)
-    beta1: float = knob("train", 0.9, "AdamW", lo=0, hi=1)
-    beta2: float = knob("train", 0.95, "AdamW", lo=0, hi=1)
+    beta1: float = knob("train", 0.9, "AdamW", lo=0, hi=0.9999)
+    beta2: float = knob("train", 0.95, "AdamW", lo=0, hi=0.9999)
     adam_eps: float = knob("train", 1e-8, "AdamW", lo=0)
     muon_momentum: float = knob("train", 0.99, "Nesterov momentum after its warm-up", lo=0, hi=1)
     muon_momentum_warmup_start: float = knob("train", 0.92, "momentum at step 0", lo=0, hi=1)
@@ -211,7 +211,7 @@ class Config:
     weights: str = knob("quant", "auto", "weights to export; auto: the better of both on calibration text",
                         choices=("auto", "ema", "raw"))
 
-    eval_seq_len: int = knob("eval", 2048, "tokens of an evaluation window", lo=2)
+    eval_seq_len: int = knob("eval", 2048, "tokens of an evaluation window", lo=2, hi=1 << 20)
     eval_stride: int = knob("eval", 64, "new tokens of each sliding window", lo=1)
     sliding_window_enabled: bool = knob("eval", True, "score with sliding windows after the plain score")
     val_batch_tokens: int = knob("eval", 131072, "tokens of one evaluation forward on one rank", lo=2)
@@ -248,21 +248,7 @@ PR1783 = dict(
 )  # fmt: skip
 
 PRESETS: dict[str, Preset] = {
-    "record": Preset(
-        "our best: pr1783's stack and what measured better in short runs: a learning-rate warm-up, Muon at 0.03 with "
-        "momentum 0.95 and Polar Express, a floor under the warmdown, SmearGate and sparse attention gates.",
-        dict(
-            PR1783,
-            lr_warmup_steps=10,
-            matrix_lr=0.03,
-            muon_momentum=0.95,
-            muon_momentum_warmup_steps=300,
-            muon_coefficients="polar",
-            min_lr=0.05,
-            smear_gate=True,
-            attn_gate="sparse",
-        ),
-    ),  # fmt: skip
+    "record": Preset("our best: so far pr1783's stack, which nothing we tried has beaten at full length", {**PR1783}),
     "pr1783": Preset(
         "main stack of PR #1783: 11 layers, 3-5 run four times. Mended: XSA is back, rotary tables in fp32, fixed skip "
         "pairs, fp32 embedding, an average that adapts to the run's length, GPTQ fitted to the byte budget.",
@@ -357,7 +343,8 @@ FOREIGN_FAMILIES = (
     "GPTQMODEL_",
 )
 
-CHECKS: tuple[tuple[Callable[[Config], bool], str], ...] = (
+# Rules between knobs; those of the model and the evaluation hold for an artifact's configuration too.
+MODEL_CHECKS: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda c: c.model_dim % c.num_heads == 0, "MODEL_DIM={model_dim} must be a multiple of NUM_HEADS={num_heads}"),
     (lambda c: c.num_heads % c.num_kv_heads == 0,
      "NUM_HEADS={num_heads} must be a multiple of NUM_KV_HEADS={num_kv_heads}"),
@@ -366,13 +353,17 @@ CHECKS: tuple[tuple[Callable[[Config], bool], str], ...] = (
      "ROPE_DIMS={rope_dims} must be even and at most the head's {head_dim} dimensions"),
     (lambda c: not c.loops or c.loop_start <= c.loop_end < c.num_layers,
      "LOOP_START={loop_start} <= LOOP_END={loop_end} < NUM_LAYERS={num_layers} must hold (or set NUM_LOOPS=0)"),
-    (lambda c: c.train_batch_tokens % c.train_seq_len == 0,
-     "TRAIN_BATCH_TOKENS={train_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={train_seq_len}"),
-    (lambda c: c.eval_stride <= c.eval_seq_len, "EVAL_STRIDE={eval_stride} exceeds EVAL_SEQ_LEN={eval_seq_len}"),
-    (lambda c: c.ttt_chunk_tokens % c.eval_stride == 0,
-     "TTT_CHUNK_TOKENS={ttt_chunk_tokens} must be a multiple of EVAL_STRIDE={eval_stride}"),
     (lambda c: c.attn_gate_dims <= c.model_dim,
      "ATTN_GATE_DIMS={attn_gate_dims} must not exceed MODEL_DIM={model_dim}"),
+    (lambda c: c.eval_stride <= c.eval_seq_len, "EVAL_STRIDE={eval_stride} exceeds EVAL_SEQ_LEN={eval_seq_len}"),
+    (lambda c: not c.ttt_enabled or c.ttt_chunk_tokens % c.eval_stride == 0,
+     "TTT_CHUNK_TOKENS={ttt_chunk_tokens} must be a multiple of EVAL_STRIDE={eval_stride}"),
+    (lambda c: not c.ttt_enabled or c.ttt_chunk_tokens >= c.eval_seq_len,
+     "TTT_CHUNK_TOKENS={ttt_chunk_tokens} must hold a sequence of EVAL_SEQ_LEN={eval_seq_len} tokens"),
+)  # fmt: skip
+TRAIN_CHECKS: tuple[tuple[Callable[[Config], bool], str], ...] = (
+    (lambda c: c.train_batch_tokens % c.train_seq_len == 0,
+     "TRAIN_BATCH_TOKENS={train_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={train_seq_len}"),
     (lambda c: not c.max_wallclock_seconds or c.gptq_reserve_seconds < c.max_wallclock_seconds,
      "GPTQ_RESERVE_SECONDS={gptq_reserve_seconds} must be less than MAX_WALLCLOCK_SECONDS={max_wallclock_seconds}"),
     (lambda c: not c.size_limit or c.size_target <= c.size_limit,
@@ -393,13 +384,20 @@ def parse_knob(name: str, field: dataclasses.Field, text: str) -> Any:
     except (ValueError, KeyError):
         wanted = "0 or 1" if kind is bool else f"a number ({kind.__name__})"
         raise UserError(f"{name}={text!r} is not {wanted}; {name}: {field.metadata['text']}") from None
+    return check_knob(name, field, value)
+
+
+def check_knob(name: str, field: dataclasses.Field, value: Any) -> Any:
+    """The value, if it is of the knob's type, finite, in range and one of its choices."""
     choices, lo, hi = (field.metadata[key] for key in ("choices", "lo", "hi"))
+    if type(value) is not type(field.default):
+        raise UserError(f"{name}={value!r} is no {type(field.default).__name__}")
     if choices and value not in choices:
-        raise UserError(f"{name}={text!r} is none of {', '.join(choices)}")
-    if kind is float and not math.isfinite(value):
-        raise UserError(f"{name}={text} must be finite")
+        raise UserError(f"{name}={value!r} is none of {', '.join(choices)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name}={value} must be finite")
     if (lo is not None and value < lo) or (hi is not None and value > hi):
-        raise UserError(f"{name}={text} is out of range [{'' if lo is None else lo}, {'' if hi is None else hi}]")
+        raise UserError(f"{name}={value} is out of range [{'' if lo is None else lo}, {'' if hi is None else hi}]")
     return value
 
 
@@ -427,18 +425,25 @@ def unknown_names(env: Mapping[str, str]) -> list[str]:
 
 
 def read_config(env: Mapping[str, str], base: Mapping[str, Any] | None = None) -> tuple[Config, list[str]]:
-    """The configuration of an environment, and warnings. Defaults < preset < ``base`` (an artifact's) < variables."""
-    warnings = unknown_names(env)
+    """The configuration of an environment, and warnings. Defaults < preset < ``base`` < variables.
+
+    ``base`` is an artifact's configuration, whose entries are checked like the environment's.
+    """
+    warnings, known = unknown_names(env), knobs()
+    for key, value in (base or {}).items():
+        if key.upper() not in known or key != key.lower():
+            raise UserError(f"the artifact's configuration has an unknown entry {key!r}; use the script that made it")
+        check_knob(key.upper(), known[key.upper()], value)
     name = env.get("PRESET", (base or {}).get("preset", "record"))
     if name not in PRESETS:
         raise UserError(f"PRESET={name!r} is none of {', '.join(PRESETS)}")
     values: dict[str, Any] = {**PRESETS[name].values, **(base or {}), "preset": name}
-    for upper, field in knobs().items():
+    for upper, field in known.items():
         if upper in env and upper != "PRESET":
             values[field.name] = parse_knob(upper, field, env[upper])
     cfg = Config(**values)
     fields = {**dataclasses.asdict(cfg), "head_dim": cfg.head_dim}
-    for holds, message in CHECKS:
+    for holds, message in MODEL_CHECKS + (TRAIN_CHECKS if base is None else ()):
         if not holds(cfg):
             raise UserError(message.format(**fields))
     return cfg, warnings
@@ -611,16 +616,21 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def watch_signals(self) -> None:
-        """SIGTERM and SIGINT ask for a checkpoint after the step in hand; a second one ends the process at once."""
+    @contextlib.contextmanager
+    def watching_signals(self) -> Iterator[None]:
+        """Inside, SIGTERM and SIGINT ask for a checkpoint after the step in hand; a second one ends the process."""
 
         def handler(number: int, _frame: Any) -> None:
             if self.signal:
                 os._exit(128 + number)
             self.signal = number
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, handler)
+        before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, old in before.items():
+                signal.signal(number, old)
 
 
 class Clock:
@@ -732,7 +742,7 @@ def data_paths(cfg: Config) -> DataPaths:
     folder = (
         Path(cfg.data_path) if cfg.data_path else root / "datasets" / (cfg.dataset or f"fineweb10B_sp{cfg.vocab_size}")
     )
-    tokenizer = cfg.tokenizer_path.format(data_dir=cfg.data_dir) or str(
+    tokenizer = cfg.tokenizer_path.replace("{data_dir}", cfg.data_dir) or str(
         root / f"tokenizers/fineweb_{cfg.vocab_size}_bpe.model"
     )
     return DataPaths(folder, Path(tokenizer), root / "manifest.json")
@@ -1069,7 +1079,7 @@ ATTENTION = {"fa3": flash3, "cudnn": sdpa, "flash": sdpa, "efficient": sdpa, "ma
 def select_attention(cfg: Config, device: torch.device) -> str:
     """The attention back end by feature. On a Hopper H100 at 8/4 heads, K = 64, T = 2048, forward and backward ran at
     313 TFLOP/s with cuDNN, 193 with SDPA's flash kernel and 173 with FlexAttention."""
-    if device.type == "cpu":
+    if device.type != "cuda":
         return "math"
     name = cfg.attention_backend
     if name == "auto":
@@ -1154,11 +1164,12 @@ PLAIN = Ops(mix_norm, add_norm, qk_rope, exclude_self, mlp, softcap_nll)
 # ----------------------------------------------------------------------------------------------------------------------
 # Fused passes: the same operations as PLAIN, each one pass over memory, in Triton (Hopper and later)
 #
-# Measured on an H100 at 786,432 tokens a step of pr1783, loop off: 1.03 M tok/s with the compiled plain operations, 1.15
-# with the MLP and the head's loss fused, 1.23 with all. The launches are torch custom ops, opaque leaves that
-# torch.compile(fullgraph=True) calls as they stand; gradients are autograd.Functions around them, because a custom op
-# may not return a view and qk_rope hands v on as one. Bytes are a token's, bf16, D = 512, hidden 2048, 8 + 4 heads of
-# 64, vocabulary 8192; nearly all run at 2.3 to 3.0 TB/s of the card's 3.0.
+# Measured on an H100 at 786,432 tokens a step of pr1783, M tok/s before and after the loop switch: 1.03 and 0.59 with
+# the compiled plain operations, 1.15 and 0.65 with the MLP and the head's loss fused, 1.23 and 0.69 with all. The launches
+# are torch custom ops, opaque leaves that torch.compile(fullgraph=True) calls as they stand; gradients are
+# autograd.Functions around them, because a custom op may not return a view and qk_rope hands v on as one. Bytes are a
+# token's, bf16, D = 512, hidden 2048, 8 + 4 heads of 64, vocabulary 8192; nearly all run at 2.3 to 3.0 TB/s of the
+# card's 3.0.
 # ----------------------------------------------------------------------------------------------------------------------
 
 # Launch settings, the best of the few tried on an H100. GEMM: tiles BM x BN x BK, CTAS = programs a multiprocessor,
@@ -2952,11 +2963,13 @@ def brotli_encode(data: bytes, quick: bool) -> bytes:
 def brotli_decode(data: bytes, size: int) -> bytes:
     import brotli
 
-    decoder, out = brotli.Decompressor(), bytearray()
-    for begin in range(0, len(data), 256):
-        out += decoder.process(data[begin : begin + 256])
-        if len(out) > size:
-            raise ValueError("a stream is longer than declared")
+    decoder = brotli.Decompressor()
+    out = bytearray(decoder.process(data, output_buffer_limit=size + 1))
+    while len(out) <= size and not decoder.is_finished():
+        more = decoder.process(b"", output_buffer_limit=size + 1)
+        if not more:
+            break
+        out += more
     return bytes(out)
 
 
@@ -3018,7 +3031,7 @@ def pack(cfg: Config, stored: Mapping[str, Any], looping: bool, quick: bool = Fa
     settings = {
         field.name: getattr(cfg, field.name)
         for field in dataclasses.fields(cfg)
-        if field.metadata["group"] in ("model", "eval") or field.name in ("preset", "compressor", "data_dir", "dataset")
+        if field.metadata["group"] in ("model", "eval") or field.name in ("preset", "compressor", "dataset")
     }
     header = dict(
         config=settings, looping=looping, compressor=cfg.compressor, tensors=rows,
@@ -3266,8 +3279,10 @@ class Ledger(NamedTuple):
 
     def check(self) -> None:
         """Law 4: each target scored once, by a state built from strictly earlier-scored targets."""
-        assert np.array_equal(np.sort(self.order), np.arange(len(self.order))), "a target is scored twice or never"
-        assert (self.trained_before <= self.order).all(), "a target was trained on before it was scored"
+        if not np.array_equal(np.sort(self.order), np.arange(len(self.order))):
+            raise UserError("the ledger scores a target twice or never")
+        if not (self.trained_before <= self.order).all():
+            raise UserError("the ledger trains on a target before it is scored")
 
 
 def frozen_ledger(targets: int) -> Ledger:
@@ -3312,7 +3327,7 @@ class TestTimeTrainer:
         """The chunk's whole sequences, inputs and targets: int64 [s, T+1]."""
         first, last = chunk * self.cfg.ttt_chunk_tokens, min((chunk + 1) * self.cfg.ttt_chunk_tokens, self.val.targets)
         length = self.cfg.eval_seq_len
-        starts = torch.arange(first, last - length + 1, length, device=self.run.device)
+        starts = torch.arange(first, max(first, last - length + 1), length, device=self.run.device)
         return self.tokens[starts[:, None] + torch.arange(length + 1, device=self.run.device)].long()
 
     def sgd_step(self, rows: Tensor) -> None:
@@ -3337,7 +3352,8 @@ class TestTimeTrainer:
             group["lr"] = self.cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / max(1, self.chunks - 1)))
         for _ in range(epochs):
             for rows in self.sequences(chunk).split(self.cfg.ttt_batch_seqs):
-                self.sgd_step(rows)
+                if len(rows):
+                    self.sgd_step(rows)
 
     def affordable_epochs(self, chunk: int, left: float) -> int:
         """Passes that leave time to score the chunks to come, by the times measured so far (0 while none are)."""
@@ -3658,13 +3674,13 @@ def train_command(cfg: Config, launch: Launch, warnings: list[str], began: float
     preflight(run, trainer, code)
     if cfg.resume and (run.folder / "checkpoint.pt").exists():
         trainer.resume()
-    run.watch_signals()
     peak = peak_matmul_flops(run.device)
     trainer.warm_up()
     run.synchronize()
     result["startup_seconds"] = time.time() - began
     run.log(f"startup: {result['startup_seconds']:.1f}s from launch to the first step")
-    trained = trainer.train(peak, val)
+    with run.watching_signals():
+        trained = trainer.train(peak, val)
     looping = trained.pop("looping")
     result |= trained | dict(steps=trainer.step, train_seconds=trainer.seconds, matmul_flops=peak, looping=looping)
     result["tokens_per_second"] = trainer.step * cfg.train_batch_tokens / max(trainer.seconds, 1e-9)
@@ -3693,6 +3709,20 @@ def finish(run: Run, trainer: TrainLoop, script: Path, artifact: Path, result: d
     (run.folder / "DONE").touch()
 
 
+def check_shapes(cfg: Config, artifact: Artifact, path: Path) -> None:
+    """The artifact's tensors are those of its configuration; asked before any of them is allocated."""
+    wanted = {name: list(tensor.shape) for name, tensor in meta_model(cfg).state_dict().items()}
+    held = {name: list((v.q if isinstance(v, Quantized) else v).shape) for name, v in artifact.stored.items()}
+    if held != wanted:
+        raise UserError(f"{path} holds other tensors than its configuration asks for; it was made by another version")
+
+
+def meta_model(cfg: Config) -> GPT:
+    """The model without memory: names and shapes."""
+    with torch.device("meta"):
+        return GPT(cfg, torch.device("meta"), torch.float32)
+
+
 def eval_command(path: Path, env: Mapping[str, str], launch: Launch) -> None:
     """Score an artifact: it brings its model's configuration, the environment may change the evaluation's."""
     try:
@@ -3706,12 +3736,9 @@ def eval_command(path: Path, env: Mapping[str, str], launch: Launch) -> None:
     run = Run(cfg, launch)
     run.open(path.parent)
     val = load_validation(cfg, load_tokenizer(cfg))
+    check_shapes(cfg, artifact, path)
     model = build_model(cfg, run)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    state = artifact.state()
-    if {name: tuple(tensor.shape) for name, tensor in state.items()} != wanted:
-        raise UserError(f"{path} holds other tensors than its configuration asks for; it was made by another version")
-    model.load_state_dict(state)
+    model.load_state_dict(artifact.state())
     stages: dict[str, Any] = {}
     for row in EVALS:
         if not row.wanted(cfg):
@@ -3738,8 +3765,7 @@ def describe_command(cfg: Config) -> None:
         print(f"\nloop {'on' if looping else 'off'}: {len(encoder) + len(decoder)} visits {encoder} {decoder}")
         skips = ", ".join(f"{v.skip_from}->{v.layer}" for v in schedule(cfg, looping) if v.skip_from is not None)
         print(f"  skips {skips or 'none'}; {flops_per_token(cfg, looping) / 1e6:.0f} MFLOP a training token")
-    with torch.device("meta"):
-        model = GPT(cfg, torch.device("meta"), torch.float32)
+    model = meta_model(cfg)
     rows: dict[tuple, int] = {}
     for name, param in model.named_parameters():
         key = (owner(name, PARAM_TABLE), owner(name, TENSOR_PLAN))

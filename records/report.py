@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import difflib
 import hashlib
 import importlib.metadata
 import json
@@ -174,7 +175,7 @@ FACTS = (
     ("parameters", re.compile(r"^model_params: ?(\d+)"), 1),
     ("val_tokens", re.compile(r"\bval_(?:loader:.*?)?tokens: ?(\d+)"), 1),
     ("peak_memory_bytes", re.compile(r"peak memory allocated: ?(\d+) MiB"), 1 << 20),
-    ("eval_seconds", re.compile(rf"^total_eval_time: ?{NUMBER}s"), 1),
+    ("eval_seconds", re.compile(rf"^total_eval_time: ?{NUMBER}s"), 1.0),
     ("steps", re.compile(r"^stopping_early: .*step: ?(\d+)/"), 1),
 )
 
@@ -283,7 +284,9 @@ def t_cdf(t: float, df: float) -> float:
     """P(T <= t) of Student's t."""
     if math.isinf(t):
         return float(t > 0)
-    tail = 0.5 * incomplete_beta(df / 2, 0.5, df / (df + t * t))
+    share = t * t / (df + t * t)
+    near = share < 0.5  # each form is exact where its argument is small
+    tail = 0.5 * (1 - incomplete_beta(0.5, df / 2, share) if near else incomplete_beta(df / 2, 0.5, df / (df + t * t)))
     return 1 - tail if t > 0 else tail
 
 
@@ -431,6 +434,8 @@ def read_table(path: Path) -> Table:
             row = parse_row(cells, where)
             if row.group not in table.groups:
                 raise ReportError(f"{where}: row {row.name} names the group {row.group}, which stands nowhere above")
+            if row.name in table.groups:
+                raise ReportError(f"{where}: {row.name} names a group already; rename the row")
             table.rows[row.name] = row
     return table
 
@@ -545,7 +550,7 @@ def decide(folder: Path, request: dict[str, Any], again: bool) -> tuple[str, str
 
 def row_env(table: Table, row: Experiment, args: argparse.Namespace) -> dict[str, str]:
     """Settings of a row: its budget, its own overrides, then the command line's."""
-    budget = table.groups[row.group].budget if row.group in table.groups else "sprint"
+    budget = table.groups[row.group].budget if row.group in table.groups else next(iter(table.budgets), "own")
     name = budget if budget == "own" else args.budget or budget
     if name != "own" and name not in table.budgets:
         raise ReportError(f"budget {name!r} is none of {', '.join(table.budgets)}")
@@ -562,6 +567,11 @@ def plan(args: argparse.Namespace, table: Table, only: list[str], skip: list[str
     """Every selected (row, seed) and what is to be done about it. Touches nothing."""
     rows = [] if args.script and not (args.names or only) else select(table, args.names, only, skip)
     known = ask_script(ROOT / "train_gpt.py") if rows else Known(set(), set())
+    for name in assignments(args.set, "--set") if rows else ():
+        if name not in known.knobs:
+            near = difflib.get_close_matches(name, known.knobs, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "; train_gpt.py --help lists them"
+            raise ReportError(f"--set {name}: train_gpt.py has no such knob{hint}")
     if args.script:
         rows = rows + [peer_row(args)]
     tasks = []
@@ -713,6 +723,10 @@ class Row(NamedTuple):
     runs: list[RunData]
     accept: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
+
+    @property
+    def group(self) -> str:
+        return next((run.notes["request"]["group"] for run in self.runs if run.notes), "")
 
     @property
     def done(self) -> list[RunData]:
@@ -944,7 +958,8 @@ def full_report(rows: list[Row], baseline: str | None, target: float | None) -> 
     by_name = {row.name: row for row in rows}
     if baseline and baseline not in by_name:
         raise ReportError(f"--baseline {baseline} is none of {', '.join(by_name)}")
-    base = by_name[baseline] if baseline else next((row for row in rows if row.stages), None)
+    controls = sorted((row for row in rows if row.stages), key=lambda row: row.group != "baseline")
+    base = by_name[baseline] if baseline else next(iter(controls), None)
     caption = f"Ranked by {stage} bpb (lower is better), the last stage that all scored rows share." if stage else ""
     parts = ["# Results", caption, score_table(ordered, base)]
     if any(row.done for row in rows):
@@ -1014,8 +1029,9 @@ def events(run: RunData, kind: str) -> list[dict[str, Any]]:
     return out
 
 
-def smooth(values: Sequence[float], memory: float = 0.8) -> list[float]:
-    """Exponential average without bias at its start."""
+def smooth(values: Sequence[float]) -> list[float]:
+    """Exponential average without bias at its start; short curves stay as they are."""
+    memory = min(max(1 - 30 / len(values), 0.0), 0.9)
     out, total, weight = [], 0.0, 0.0
     for value in values:
         total, weight = memory * total + (1 - memory) * value, memory * weight + 1 - memory
@@ -1045,22 +1061,32 @@ def save(plt: Any, figure: Any, path: Path) -> Path:
     return path
 
 
-def color_of(index: int) -> str:
-    return f"C{index % 10}"
+def look(index: int) -> dict[str, Any]:
+    """Colour and marker of a row: 10 dark colours, 10 light ones, then other markers."""
+    import matplotlib
+
+    colors = matplotlib.colormaps["tab20"].colors
+    return dict(color=colors[2 * (index % 10) + index // 10 % 2], marker="osD^vP"[index // 20 % 6])
+
+
+def legend(axes: Any) -> None:
+    """Inside while it is small, else beside the axes."""
+    many = len(axes.get_legend_handles_labels()[1]) > 6
+    place = dict(loc="upper left", bbox_to_anchor=(1.0, 1.0)) if many else {}
+    axes.legend(frameon=False, fontsize=9 if many else 11, **place)
 
 
 def plot_loss(plt: Any, rows: Sequence[Row], path: Path, column: int, label: str) -> Path | None:
-    """Training loss against steps (column 0) or seconds (column 1): one colour a row, one line a run."""
+    """Training loss against steps (column 0) or seconds (column 1): one colour a row, later seeds dashed."""
     figure, axes = plt.subplots()
     late, drawn = [], 0
     for index, row in enumerate(rows):
-        for order, run in enumerate(row.runs):
-            points = [p for p in curve(run) if p[column] is not None and math.isfinite(p[2])]
-            if len(points) < 2:
-                continue
+        curves = [[p for p in curve(run) if p[column] is not None and math.isfinite(p[2])] for run in row.runs]
+        curves = curves[:1] if len(rows) > 6 else curves
+        for order, points in enumerate(points for points in curves if len(points) > 1):
             xs, ys = [p[column] for p in points], smooth([p[2] for p in points])
-            name = row.name if not any(r.folder == run.folder for r in row.runs[:order]) and order == 0 else None
-            axes.plot(xs, ys, color=color_of(index), lw=1.6, alpha=0.9 if order == 0 else 0.5, label=name)
+            style = dict(lw=1.7) if order == 0 else dict(lw=1.1, ls="--", alpha=0.8)
+            axes.plot(xs, ys, color=look(index)["color"], label=None if order else row.name, **style)
             late += ys[len(ys) // 10 :]
             drawn += 1
     if not drawn:
@@ -1068,9 +1094,16 @@ def plot_loss(plt: Any, rows: Sequence[Row], path: Path, column: int, label: str
         return None
     margin = 0.05 * (max(late) - min(late)) + 1e-3
     axes.set_ylim(min(late) - margin, max(late) + margin)
-    axes.set(xlabel=label, ylabel="training loss (nats a token, smoothed)", title=f"Training loss, {drawn} runs")
-    axes.legend(frameon=False, ncols=1 + len(rows) // 12)
+    lines = "the first run of each row" if len(rows) > 6 else "one line a run"
+    axes.set(xlabel=label, ylabel="training loss (nats a token)", title=f"Training loss, {lines} ({drawn})")
+    legend(axes)
     return save(plt, figure, path)
+
+
+def draw_cap(axes: Any, largest: float) -> None:
+    """The 16 MB line, where the bars or points come near it."""
+    if largest > 0.4 * SIZE_CAP / 1e6:
+        axes.axvline(SIZE_CAP / 1e6, color="crimson", lw=1.2, label="cap")
 
 
 def plot_pareto(plt: Any, rows: Sequence[Row], path: Path) -> Path | None:
@@ -1085,19 +1118,16 @@ def plot_pareto(plt: Any, rows: Sequence[Row], path: Path) -> Path | None:
         scores = list(row.scores(stage).values())
         size, score = mean(row.values("total_bytes")) / 1e6, mean(scores)
         spread = std(scores) if len(scores) > 1 else None
-        axes.errorbar(size, score, yerr=spread, fmt="o", ms=7, capsize=4, color=color_of(index), label=row.name)
+        axes.errorbar(size, score, yerr=spread, ls="", ms=7, capsize=4, label=row.name, **look(index))
         points.append((size, score))
     front = [p for p in sorted(points) if all(p[1] < q[1] for q in points if q[0] < p[0])]
     axes.step(*zip(*front, strict=True), where="post", color="0.5", lw=1, ls="--", zorder=0, label="Pareto front")
     largest = max(size for size, _ in points)
-    if largest > 0.4 * SIZE_CAP / 1e6:
-        axes.axvline(SIZE_CAP / 1e6, color="crimson", lw=1.2)
-        axes.text(SIZE_CAP / 1e6, 1.0, "cap 16 MB ", color="crimson", ha="right", va="top",
-                  transform=axes.get_xaxis_transform(), rotation=90)  # fmt: skip
-    axes.set(xlabel="code + artifact (MB, 10^6 bytes)", ylabel=f"{stage} score (bits per byte)")
+    draw_cap(axes, largest)
+    axes.set(xlabel="code + artifact (MB of 1,000,000 bytes)", ylabel=f"{stage} score (bits per byte)")
     axes.set_title("Score against size (lower left is better)")
     axes.margins(0.12)
-    axes.legend(frameon=False, ncols=1 + len(placed) // 12)
+    legend(axes)
     return save(plt, figure, path)
 
 
@@ -1114,6 +1144,8 @@ def stacked_bars(
         widths = [mean(row.values(key) or [0.0]) * scale for row in kept]
         axes.barh(range(len(kept)), widths, left=left, height=0.62, label=part)
         left = [a + b for a, b in zip(left, widths, strict=True)]
+    if scale == 1e-6:
+        draw_cap(axes, max(left))
     for index, total in enumerate(left):
         axes.text(total, index, f" {total:.2f}" if total < 100 else f" {total:.0f}", va="center", fontsize=9)
     axes.set_yticks(range(len(kept)), [row.name for row in kept])
@@ -1122,7 +1154,7 @@ def stacked_bars(
     axes.margins(x=0.1)
     axes.set(xlabel=labels[1])
     axes.set_title(labels[0], pad=28)
-    axes.legend(frameon=False, ncols=len(parts), loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.1)
+    axes.legend(frameon=False, ncols=len(parts) + 1, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.1)
     return save(plt, figure, path)
 
 
@@ -1134,13 +1166,13 @@ def plot_residuals(plt: Any, rows: Sequence[Row], path: Path) -> Path | None:
         for run in row.done[:1]:
             values = (run.result.get("deq") or {}).get("residuals")
             if isinstance(values, list) and values and all(isinstance(v, (int, float)) for v in values):
-                axes.semilogy(range(1, len(values) + 1), values, "o-", ms=4, color=color_of(index), label=row.name)
+                axes.semilogy(range(1, len(values) + 1), values, ms=4, label=row.name, **look(index))
                 drawn += 1
     if not drawn:
         plt.close(figure)
         return None
     axes.set(xlabel="solver iteration", ylabel="median relative residual a token", title="Convergence of the solver")
-    axes.legend(frameon=False)
+    legend(axes)
     return save(plt, figure, path)
 
 
@@ -1158,7 +1190,7 @@ def draw_plots(rows: Sequence[Row], out: Path) -> list[Path]:
         plot_loss(plt, rows, out / "loss_steps.png", 0, "optimizer step"),
         plot_loss(plt, rows, out / "loss_seconds.png", 1, "training clock (seconds)"),
         plot_pareto(plt, rows, out / "pareto.png"),
-        stacked_bars(plt, rows, out / "bytes.png", sizes, 1e-6, ("Byte budget", "MB (10^6 bytes; the cap is 16)")),
+        stacked_bars(plt, rows, out / "bytes.png", sizes, 1e-6, ("Byte budget", "MB of 1,000,000 bytes (cap: 16)")),
         stacked_bars(plt, rows, out / "time.png", TIME_PARTS, 1.0, ("Time ledger", "seconds")),
         plot_residuals(plt, rows, out / "residuals.png"),
     ]
@@ -1625,6 +1657,7 @@ def command_plan(args: argparse.Namespace) -> int:
             for t in tasks
         ]
         write_json(args.runs / "plan.json", dict(tasks=plain))
+        print(f"{args.runs}\x1f{int(args.cold)}")
     for t in tasks:
         if args.machine:
             cells = [t.action, t.folder, t.request["gpus"], t.request["script"], t.reason, json.dumps(t.request)]
@@ -1705,7 +1738,7 @@ def add_plan_options(parser: argparse.ArgumentParser, table: Table, here: Path) 
     """What gauntlet.sh's list, plan and run understand."""
 
     def path(text: str) -> Path:
-        return here / text
+        return (here / text).resolve()
 
     parser.add_argument("names", nargs="*", help="rows or groups; none: every group that is on by default")
     parser.add_argument("--runs", type=path, default=ROOT / "runs" / "gauntlet", help="folder of the run folders")
@@ -1718,6 +1751,7 @@ def add_plan_options(parser: argparse.ArgumentParser, table: Table, here: Path) 
     parser.add_argument("--again", action="store_true", help="run finished and failed runs again; old folders are kept")
     parser.add_argument("--script", type=path, help="another script with the same variables, as a row of its own")
     parser.add_argument("--name", help="name of the row of --script")
+    parser.add_argument("--cold", action="store_true", help="an empty compile cache for every run")
     parser.add_argument("--machine", action="store_true", help=argparse.SUPPRESS)
     for flag, (kind, groups) in table.flags.items():
         text = f"{kind} {' '.join(groups)}"

@@ -296,8 +296,8 @@ def sandbox(jobs: dict[str, tuple], folder: Path, seconds: int = 60) -> dict[str
         for name, (arguments, env) in jobs.items()
     }
     done = subprocess.run(
-        [sys.executable, "-c", SANDBOX], input=json.dumps(dict(script=str(SCRIPT), jobs=told, seconds=seconds)), env=clean_env(),
-        cwd=folder, text=True, capture_output=True, timeout=200,
+        [sys.executable, "-c", SANDBOX], input=json.dumps(dict(script=str(SCRIPT), jobs=told, seconds=seconds)),
+        env=clean_env(), cwd=folder, text=True, capture_output=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     ends = {name: [(folder / f"{name}.{kind}").read_text() for kind in ("out", "err")] for name in jobs}

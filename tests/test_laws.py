@@ -815,7 +815,6 @@ def train_in_process(cfg_values: dict, monkeypatch, folder: Path) -> list:
     """The train command up to its first step, in this process; returns the steps it took."""
     steps = []
     monkeypatch.setattr(tg.Trainer, "accumulate", lambda *args: steps.append(1) or pytest.fail("a step was taken"))
-    monkeypatch.setattr(tg.Run, "watch_signals", lambda self: None)
     cfg = tiny("record", runs_dir=str(folder), run_id="r", warmup_steps=1, **cfg_values)
     tg.train_command(cfg, tg.Launch(0, 1, 0), [], 0.0)
     return steps

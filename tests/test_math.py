@@ -30,7 +30,7 @@ def call(function, *arguments):
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 # ---- Muon -----------------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ keep_machine() {
   machine=()
   for name in $(compgen -e); do
     case $name in
-      PATH | HOME | USER | LANG | LC_* | TMPDIR | LD_LIBRARY_PATH | LIBRARY_PATH | VIRTUAL_ENV | CC | CXX | \
+      PATH | HOME | USER | LANG | LC_* | TMPDIR | LD_LIBRARY_PATH | LIBRARY_PATH | VIRTUAL_ENV | PYTHONPATH | CC | CXX | \
         OMP_NUM_THREADS | CUDA_* | NVIDIA_* | NCCL_*) machine+=("$name=${!name}") ;;
     esac
   done

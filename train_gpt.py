@@ -192,7 +192,7 @@ class Config:
     muon_row_normalize: bool = knob("train", True, "unit rows before the orthogonalization (MuonEq-R)")
     grad_clip_norm: float = knob("train", 0.3, "global gradient norm; 0: no clipping", lo=0)
     ema_decay: float = knob("train", 0.9965, "longest memory of the weight average; 0: no average", lo=0, hi=1)
-    ema_window_frac: float = knob("train", 0.02, "memory of the average over the steps done so far", lo=0, hi=1)
+    ema_window_fracs: str = knob("train", "0.005,0.06", "memories of the averages kept, over the steps done so far")
     train_log_every: int = knob("train", 500, "steps between train_loss lines", lo=1)
     val_loss_every: int = knob("train", 4000, "steps between validations (off the clock); 0: only at the end", lo=0)
 
@@ -371,6 +371,17 @@ TRAIN_CHECKS: tuple[tuple[Callable[[Config], bool], str], ...] = (
 )  # fmt: skip
 
 
+def ema_fracs(cfg: Config) -> tuple[float, ...]:
+    """EMA_WINDOW_FRACS as numbers; UserError where one is no fraction of a run."""
+    try:
+        fracs = tuple(float(part) for part in cfg.ema_window_fracs.split(","))
+    except ValueError:
+        fracs = (-1.0,)
+    if not all(0 <= frac <= 1 for frac in fracs):
+        raise UserError(f"EMA_WINDOW_FRACS={cfg.ema_window_fracs!r} must be numbers between 0 and 1, with commas")
+    return fracs
+
+
 def knobs() -> dict[str, dataclasses.Field]:
     """Environment name -> field, in the order of the class."""
     return {field.name.upper(): field for field in dataclasses.fields(Config)}
@@ -442,6 +453,7 @@ def read_config(env: Mapping[str, str], base: Mapping[str, Any] | None = None) -
         if upper in env and upper != "PRESET":
             values[field.name] = parse_knob(upper, field, env[upper])
     cfg = Config(**values)
+    ema_fracs(cfg)
     fields = {**dataclasses.asdict(cfg), "head_dim": cfg.head_dim}
     for holds, message in MODEL_CHECKS + (TRAIN_CHECKS if base is None else ()):
         if not holds(cfg):
@@ -1165,8 +1177,8 @@ PLAIN = Ops(mix_norm, add_norm, qk_rope, exclude_self, mlp, softcap_nll)
 # Fused passes: the same operations as PLAIN, each one pass over memory, in Triton (Hopper and later)
 #
 # Measured on an H100 at 786,432 tokens a step of pr1783, M tok/s before and after the loop switch: 1.03 and 0.59 with
-# the compiled plain operations, 1.15 and 0.65 with the MLP and the head's loss fused, 1.23 and 0.69 with all. The launches
-# are torch custom ops, opaque leaves that torch.compile(fullgraph=True) calls as they stand; gradients are
+# the compiled plain operations, 1.15 and 0.65 with the MLP and the head's loss fused, 1.23 and 0.69 with all (best steps;
+# medians once the card is warm are 3 % lower). The launches are torch custom ops, opaque leaves that torch.compile(fullgraph=True) calls as they stand; gradients are
 # autograd.Functions around them, because a custom op may not return a view and qk_rope hands v on as one. Bytes are a
 # token's, bf16, D = 512, hidden 2048, 8 + 4 heads of 64, vocabulary 8192; nearly all run at 2.3 to 3.0 TB/s of the
 # card's 3.0.
@@ -2440,26 +2452,26 @@ class Optimizers:
 
 
 class Ema:
-    """Exponential average of the weights whose memory grows with the run.
+    """Exponential averages of the weights whose memories grow with the run; the best on calibration text is kept.
 
-    e <- e + (p - e) / w_t with w_t = min(1 / (1 - EMA_DECAY), EMA_WINDOW_FRAC t). A fixed decay of 0.9965 from step 0
-    remembers the random start: it cost 0.004 bpb in PR #1783 (2,000 steps) and 0.1 in 650-step runs; in 5,000-step runs
-    it gains 0.012. The growing window is that window in long runs and a short one in short runs.
+    e <- e + (p - e) / w_t with w_t = min(1 / (1 - EMA_DECAY), f t), one average for each f of EMA_WINDOW_FRACS. A fixed
+    decay of 0.9965 from step 0 remembers the random start: it cost 0.004 bpb in PR #1783 (2,000 steps) and 0.1 in
+    650-step runs; in 5,000-step runs it gains 0.012. Which memory is best depends on the run's length and on the floor
+    of its learning rate (490 steps down to zero: f = 0.06 costs 0.0008 bpb), so it is measured, not assumed.
     """
 
     def __init__(self, model: GPT, cfg: Config):
-        self.cfg = cfg
         self.params = dict(model.named_parameters())
-        self.average = {name: param.detach().clone() for name, param in self.params.items()}
+        self.longest = 1 / max(1e-9, 1 - cfg.ema_decay)
+        self.fracs = ema_fracs(cfg) if cfg.ema_decay else ()
+        self.averages = [{name: param.detach().clone() for name, param in self.params.items()} for _ in self.fracs]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after ``step`` (counted from 1) optimizer steps."""
-        if not self.cfg.ema_decay:
-            return
-        longest = 1 / max(1e-9, 1 - self.cfg.ema_decay)
-        window = max(1.0, min(longest, self.cfg.ema_window_frac * step))
-        torch._foreach_lerp_(list(self.average.values()), list(self.params.values()), 1 / window)
+        for frac, average in zip(self.fracs, self.averages, strict=True):
+            window = max(1.0, min(self.longest, frac * step))
+            torch._foreach_lerp_(list(average.values()), list(self.params.values()), 1 / window)
 
 
 @contextlib.contextmanager
@@ -2592,7 +2604,7 @@ class Trainer:
 
     def state_dict(self) -> dict:
         return {
-            "step": self.step, "seconds": self.seconds, "model": self.model.state_dict(), "ema": self.ema.average,
+            "step": self.step, "seconds": self.seconds, "model": self.model.state_dict(), "ema": self.ema.averages,
             "optimizers": self.optimizers.state_dict(), "config": dataclasses.asdict(self.cfg),
         }  # fmt: skip
 
@@ -2616,8 +2628,8 @@ class Trainer:
                 )
         self.model.load_state_dict(state["model"])
         self.optimizers.load_state_dict(state["optimizers"])
-        for name, tensor in state["ema"].items():
-            self.ema.average[name].copy_(tensor)
+        for average, saved in zip(self.ema.averages, state["ema"], strict=True):
+            torch._foreach_copy_(list(average.values()), [saved[name] for name in average])
         self.step, self.seconds = state["step"], state["seconds"]
         self.run.log(f"resume: step {self.step} after {self.seconds:.1f} s of training")
 
@@ -3536,22 +3548,31 @@ def to_cpu(value: Any) -> Any:
 
 
 def pick_weights(run: Run, trainer: TrainLoop, val: ValStream, looping: bool, result: dict) -> dict[str, Tensor]:
-    """Score raw weights and their average, and return those to export: WEIGHTS, or the better on calibration text.
+    """Score raw weights and their best average, and return those to export: WEIGHTS, or the better of the two.
 
-    ``auto`` compares them on training windows that no step has seen (where text is plentiful), never on validation.
+    "Best" is on training windows that no step has seen (where text is plentiful), never on validation.
     """
     cfg, model = run.cfg, trainer.model
     raw = {name: param.detach().clone() for name, param in model.named_parameters()}
-    candidates = {"raw": raw} | ({"ema": trainer.ema.average} if cfg.ema_decay else {})
+    held_out = calibration_rows(trainer)
+
+    def calibrate(state: dict[str, Tensor]) -> float:
+        with swapped(model, state):
+            return mean_loss(run, model, held_out, looping)
+
+    losses, candidates = {"raw": calibrate(raw)}, {"raw": raw}
+    if trainer.ema.averages:
+        averaged = [calibrate(average) for average in trainer.ema.averages]
+        best = int(np.argmin(averaged))
+        candidates["ema"], losses["ema"] = trainer.ema.averages[best], averaged[best]
+        run.log(f"ema: applying EMA weights, memory {trainer.ema.fracs[best]:g} of the run")
     windows = plain_windows(val.targets, cfg.eval_seq_len)
-    held_out, losses = calibration_rows(trainer), {}
     for label, state in candidates.items():
         with swapped(model, state):
             score = evaluate(run, model, val, windows, looping)
-            losses[label] = mean_loss(run, model, held_out, looping)
         log_stage(run, "diagnostic pre-quantization " + {"raw": "raw", "ema": "post-ema"}[label], score)
         result["stages"][label] = score.row()
-    chosen = min(losses, key=losses.get) if cfg.weights == "auto" or cfg.weights not in candidates else cfg.weights
+    chosen = min(losses, key=losses.get) if cfg.weights not in candidates else cfg.weights
     run.log(f"weights: {chosen} (loss on calibration text: {', '.join(f'{k} {v:.4f}' for k, v in losses.items())})")
     result["weights"] = chosen
     if run.main:

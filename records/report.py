@@ -465,7 +465,8 @@ class Known(NamedTuple):
 
 def ask_script(script: Path) -> Known:
     """Presets and knobs as the script itself lists them."""
-    env = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV") if name in os.environ}
+    names = ("PATH", "HOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHONPATH")
+    env = {name: os.environ[name] for name in names if name in os.environ}
     done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, env=env)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -1318,6 +1319,10 @@ def run_complaints(run: RunData, track: Track) -> list[str]:
         out.append(f"{where}: scores.npz has an update before its score")
     if proof.targets != stage["tokens"] or abs(proof.bpb - stage["val_bpb"]) > 1e-5:
         out.append(f"{where}: scores.npz gives {proof.bpb:.6f} bpb, result.json {stage['val_bpb']:.6f}; score it again")
+    audit = run.folder / "audit.txt"
+    page = audit.read_text(encoding="utf-8") if audit.exists() else ""
+    if re.search(r"^FAIL", page, re.M) or (page and proof.sha256[:16] not in page.splitlines()[0]):
+        out.append(f"{where}: its audit failed or is of another artifact; see {audit}, or audit it again")
     if config_of(run).get("val_tokens_limit"):
         out.append(f"{where}: VAL_TOKENS_LIMIT is set, so it did not score the whole text; run without it")
     if track.timed:
@@ -1753,6 +1758,7 @@ def add_plan_options(parser: argparse.ArgumentParser, table: Table, here: Path) 
     parser.add_argument("--name", help="name of the row of --script")
     parser.add_argument("--cold", action="store_true", help="an empty compile cache for every run")
     parser.add_argument("--machine", action="store_true", help=argparse.SUPPRESS)
+    parser.set_defaults(flags=[])
     for flag, (kind, groups) in table.flags.items():
         text = f"{kind} {' '.join(groups)}"
         parser.add_argument(flag, dest="flags", action="append_const", const=flag, default=[], help=text)

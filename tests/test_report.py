@@ -315,6 +315,7 @@ REFUSED = {
     "no scores": ({}, "unlink", "SAVE_SCORES=1"),
     "not done": ({}, "open", "not done"),
     "a peer": (dict(source="log"), None, "another script"),
+    "failed audit": ({}, "audit", "its audit failed"),
 }
 
 
@@ -326,6 +327,8 @@ def test_records_that_are_refused(tmp_path, capsys, case):
         tamper_scores(bad, **damage)
     elif damage == "fat":
         (bad / "final_model.ptz").write_bytes(b"a" * 16_000_001)
+    elif damage == "audit":
+        (bad / "audit.txt").write_text("audit of idea-s2\nFAIL size: too many\n")
     elif damage == "script":
         (bad / "train_gpt.py").write_text(SCRIPT + "# changed\n")
     elif damage:

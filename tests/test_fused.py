@@ -1,0 +1,65 @@
+"""The fused operations equal the plain ones, outputs and gradients, in Triton's interpreter (no GPU needed).
+
+Skipped where Triton is not installed (it comes with torch's CUDA builds). Runs in a process of its own, because the
+interpreter must be chosen before the script is imported.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+PROBE = """
+import json, sys, torch
+import train_gpt as tg
+
+tg.LAUNCH["mlp_up"].update(BM=64, BN=128, BK=32)
+tg.LAUNCH["mlp_down_grad"].update(BM=64, BN=128, BK=32)
+torch.manual_seed(0)
+draw = lambda *shape: torch.randn(*shape).requires_grad_()
+rope = tg.rotary_table(9, 16, 1e4, 9, torch.device("cpu"))
+cases = dict(
+    mix_norm=(draw(2, 9, 64), draw(2, 9, 64), draw(64), draw(64)),
+    add_norm=(draw(2, 9, 192), draw(2, 9, 192)),
+    qk_rope=(draw(2, 9, 16 * 64), draw(8), *rope, 64),
+    exclude_self=(draw(2, 9, 8, 64), draw(2, 9, 4, 64)),
+    mlp=(draw(2, 75, 64), draw(384, 64), draw(64, 384), 0.5, None),
+    softcap_nll=(draw(13, 1500), torch.randint(1500, (13,)), 30.0),
+)
+
+def results(function, inputs):
+    leaves = [x.detach().clone().requires_grad_() if torch.is_tensor(x) and x.requires_grad else x for x in inputs]
+    out = function(*leaves)
+    out = out if isinstance(out, tuple) else (out,)
+    generator = torch.Generator().manual_seed(1)
+    sum((o.float() * torch.randn(o.shape, generator=generator)).sum() for o in out).backward()
+    return [o.detach() for o in out] + [x.grad for x in leaves if torch.is_tensor(x) and x.requires_grad]
+
+errors = {}
+for name, inputs in cases.items():
+    ours, plain = (results(getattr(ops, name), inputs) for ops in (tg.FUSED, tg.PLAIN))
+    errors[name] = max(float((a - b).norm() / b.norm()) for a, b in zip(ours, plain, strict=True))
+print(json.dumps(errors))
+"""
+
+
+@pytest.fixture(scope="module")
+def errors(request):
+    """Worst relative error of every operation, over its outputs and gradients, in fp32."""
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE], env=env, capture_output=True, text=True, cwd=request.config.rootpath
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", ["mix_norm", "add_norm", "qk_rope", "exclude_self", "mlp", "softcap_nll"])
+def test_fused_equals_plain(errors, name):
+    """Within fp32 rounding."""
+    assert errors[name] < 2e-6

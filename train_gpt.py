@@ -1177,11 +1177,11 @@ PLAIN = Ops(mix_norm, add_norm, qk_rope, exclude_self, mlp, softcap_nll)
 # Fused passes: the same operations as PLAIN, each one pass over memory, in Triton (Hopper and later)
 #
 # Measured on an H100 at 786,432 tokens a step of pr1783, M tok/s before and after the loop switch: 1.03 and 0.59 with
-# the compiled plain operations, 1.15 and 0.65 with the MLP and the head's loss fused, 1.23 and 0.69 with all (best steps;
-# medians once the card is warm are 3 % lower). The launches are torch custom ops, opaque leaves that torch.compile(fullgraph=True) calls as they stand; gradients are
-# autograd.Functions around them, because a custom op may not return a view and qk_rope hands v on as one. Bytes are a
-# token's, bf16, D = 512, hidden 2048, 8 + 4 heads of 64, vocabulary 8192; nearly all run at 2.3 to 3.0 TB/s of the
-# card's 3.0.
+# the compiled plain operations, 1.15 and 0.65 with the MLP and the head's loss fused, 1.23 and 0.69 with all (best
+# steps; medians once the card is warm are 3 % lower). The launches are torch custom ops, opaque leaves that
+# torch.compile(fullgraph=True) calls as they stand; gradients are autograd.Functions around them, because a custom op
+# may not return a view and qk_rope hands v on as one. Bytes are a token's, bf16, D = 512, hidden 2048, 8 + 4 heads of
+# 64, vocabulary 8192; nearly all run at 2.3 to 3.0 TB/s of the card's 3.0.
 # ----------------------------------------------------------------------------------------------------------------------
 
 # Launch settings, the best of the few tried on an H100. GEMM: tiles BM x BN x BK, CTAS = programs a multiprocessor,

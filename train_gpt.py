@@ -7,6 +7,7 @@ The challenge: code plus compressed weights fit in 16,000,000 bytes, training ta
     torchrun --standalone --nproc_per_node=8 train_gpt.py                 the official shape (PRESET=record)
     PRESET=pr1783 ITERATIONS=490 TRAIN_BATCH_TOKENS=196608 MAX_WALLCLOCK_SECONDS=0 python train_gpt.py
     python train_gpt.py eval runs/<RUN_ID>/final_model.ptz                score an artifact again, in a fresh process
+    python train_gpt.py audit runs/<RUN_ID>                               a page that defends the score, for a reviewer
     python train_gpt.py describe                                          the plan of a run, without running it
     python train_gpt.py --help                                            every knob: type, default, range, meaning
 
@@ -24,7 +25,7 @@ importing this file does nothing):
      9  Training          schedules, the step, the loop, checkpoints
     10  Compression       Hessians, GPTQ, fitting the byte budget, the artifact
     11  Evaluation        plain, sliding, test-time training, the score ledger
-    12  Commands          train, eval, describe, pack
+    12  Commands          train, eval, audit, describe, pack
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+LAUNCHED = time.time()  # start-up is counted from here: importing torch takes seconds
 
 import numpy as np
 import torch
@@ -306,7 +309,7 @@ PRESETS: dict[str, Preset] = {
             xsa_last_n=6,
             train_seq_len=256,
             eval_seq_len=256,
-            iterations=300,
+            iterations=200,
             max_wallclock_seconds=0.0,
             train_batch_tokens=4096,
             micro_batch_tokens=4096,
@@ -709,7 +712,9 @@ def git_sha() -> str:
     try:
         here = Path(__file__).parent
         sha = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout
-        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True).stdout
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True
+        ).stdout
         return sha.strip() + ("+" if dirty.strip() else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
@@ -2552,7 +2557,7 @@ class Trainer:
         self.ema = Ema(self.model, run.cfg)
         self.stream = TrainStream(run.cfg)
         self.micro = micro_sequences(run.cfg, run)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.saved = 0, 0.0, -1
 
     def accumulate(self, rows: Tensor, looping: bool) -> Tensor:
         """Forward and backward of this rank's sequences [n, T+1]; returns its share of the step's mean loss."""
@@ -2609,8 +2614,10 @@ class Trainer:
         }  # fmt: skip
 
     def save(self) -> None:
-        """Checkpoint to the run folder (every rank takes part, rank 0 writes)."""
-        state = self.state_dict()
+        """Checkpoint to the run folder (every rank takes part, rank 0 writes), unless this step has one."""
+        if self.saved == self.step:
+            return
+        state, self.saved = self.state_dict(), self.step
         if self.run.main:
             save_tensors(self.run.folder / "checkpoint.pt", state)
         self.run.barrier()
@@ -2630,7 +2637,7 @@ class Trainer:
         self.optimizers.load_state_dict(state["optimizers"])
         for average, saved in zip(self.ema.averages, state["ema"], strict=True):
             torch._foreach_copy_(list(average.values()), [saved[name] for name in average])
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds, self.saved = state["step"], state["seconds"], state["step"]
         self.run.log(f"resume: step {self.step} after {self.seconds:.1f} s of training")
 
 
@@ -2720,7 +2727,7 @@ class TrainLoop(Trainer):
         self.clock, self.meter = Clock(run, self.seconds), None
         self.meter = meter = Meter(self, peak)
         batches = Prefetcher(run, self.stream, self.step)
-        looping, saved = False, time.perf_counter()
+        looping, written = False, time.perf_counter()
         self.clock.start()
         try:
             while True:
@@ -2733,9 +2740,9 @@ class TrainLoop(Trainer):
                     self._announce_loop(now.fraction)
                 loss, norm_ = self.train_step(batches.next(), now.fraction)
                 meter.push(self.step, looping, loss, norm_)
-                if self._checkpoint_due(saved):
+                if self._checkpoint_due(written):
                     self._off_the_clock(self.save)
-                    saved = time.perf_counter()
+                    written = time.perf_counter()
                 if cfg.val_loss_every and self.step % cfg.val_loss_every == 0 and self.step < cfg.iterations:
                     self._off_the_clock(lambda: self._validate(val, looping))  # noqa: B023 - called at once
             meter.flush()
@@ -2769,10 +2776,10 @@ class TrainLoop(Trainer):
         encoder, decoder = halves(self.cfg, True)
         self.run.log(f"layer_loop:enabled step:{self.step} frac:{fraction:.3f} encoder:{encoder} decoder:{decoder}")
 
-    def _checkpoint_due(self, saved: float) -> bool:
+    def _checkpoint_due(self, written: float) -> bool:
         cfg = self.cfg
         by_step = cfg.checkpoint_every and self.step % cfg.checkpoint_every == 0
-        by_time = cfg.checkpoint_seconds and time.perf_counter() - saved > cfg.checkpoint_seconds
+        by_time = cfg.checkpoint_seconds and time.perf_counter() - written > cfg.checkpoint_seconds
         return bool(by_step or self.run.share(bool(by_time))) if cfg.checkpoint_seconds else bool(by_step)
 
     def _off_the_clock(self, action: Callable[[], Any]) -> None:
@@ -3676,7 +3683,7 @@ def setup_folder(run: Run) -> tuple[Path, int]:
     return script, len(packed)
 
 
-def train_command(cfg: Config, launch: Launch, warnings: list[str], began: float) -> None:
+def train_command(cfg: Config, launch: Launch, warnings: list[str]) -> None:
     """The whole path: data, preflight, training, export, and the evaluation of the packed file by a fresh process."""
     run = Run(cfg, launch)
     run.cfg = cfg = dataclasses.replace(cfg, run_id=run.share(choose_run_id(cfg)))
@@ -3692,38 +3699,56 @@ def train_command(cfg: Config, launch: Launch, warnings: list[str], began: float
         config=dataclasses.asdict(cfg), status="running", stages={},
     )  # fmt: skip
     log_header(run, trainer, val)
+    try:
+        start(run, trainer, code, result)
+        looping = measured_training(run, trainer, val, result)
+        state = pick_weights(run, trainer, val, looping, result)
+        artifact = export(run, trainer, state, looping, code, result)
+        finish(run, trainer, script, artifact, result)
+    except UserError as error:
+        result["status"] = f"failed: {error}"
+        raise
+    finally:
+        if run.main:
+            write_json(run.folder / "result.json", result)
+
+
+def start(run: Run, trainer: TrainLoop, code: int, result: dict[str, Any]) -> None:
+    """Everything before the first step: preflight, the checkpoint, compiling."""
     preflight(run, trainer, code)
-    if cfg.resume and (run.folder / "checkpoint.pt").exists():
+    if run.cfg.resume and (run.folder / "checkpoint.pt").exists():
         trainer.resume()
-    peak = peak_matmul_flops(run.device)
     trainer.warm_up()
-    run.synchronize()
-    result["startup_seconds"] = time.time() - began
+    result["matmul_flops"] = peak_matmul_flops(run.device)
+    run.barrier()
+    result["startup_seconds"] = time.time() - LAUNCHED
     run.log(f"startup: {result['startup_seconds']:.1f}s from launch to the first step")
+
+
+def measured_training(run: Run, trainer: TrainLoop, val: ValStream, result: dict[str, Any]) -> bool:
+    """Train, and write down what it took. Returns the loop state that training ended in."""
     with run.watching_signals():
-        trained = trainer.train(peak, val)
-    looping = trained.pop("looping")
-    result |= trained | dict(steps=trainer.step, train_seconds=trainer.seconds, matmul_flops=peak, looping=looping)
-    result["tokens_per_second"] = trainer.step * cfg.train_batch_tokens / max(trainer.seconds, 1e-9)
+        trained = trainer.train(result["matmul_flops"], val)
+    result |= trained | dict(steps=trainer.step, train_seconds=trainer.seconds)
+    result["tokens_per_second"] = trainer.step * run.cfg.train_batch_tokens / max(trainer.seconds, 1e-9)
     if run.device.type == "cuda":
         result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         reserved = torch.cuda.max_memory_reserved()
         run.log(f"peak memory allocated: {result['peak_memory_bytes'] >> 20} MiB reserved: {reserved >> 20} MiB")
-    state = pick_weights(run, trainer, val, looping, result)
-    artifact = export(run, trainer, state, looping, code, result)
-    finish(run, trainer, script, artifact, result)
+    return trained["looping"]
 
 
 def finish(run: Run, trainer: TrainLoop, script: Path, artifact: Path, result: dict[str, Any]) -> None:
     """Free the device, score the packed file, write result.json and the table."""
     params = sum(p.numel() for p in trainer.model.parameters())
     trainer.release()
-    scored = fresh_eval(run, script, artifact)
+    with stopwatch(run) as seconds:
+        scored = fresh_eval(run, script, artifact)
+        result["eval_seconds"] = seconds()
     if not run.main:
         return
     result["stages"] |= scored["stages"]
-    result |= dict(status="done", eval_seconds=scored["seconds"])
-    write_json(run.folder / "result.json", result)
+    result["status"] = "done"
     total = result["total_bytes"]
     sizes = {"float": 4 * params} | {name: total for name in scored["stages"]}
     run.log(stage_table(result["stages"], sizes))
@@ -3751,7 +3776,6 @@ def eval_command(path: Path, env: Mapping[str, str], launch: Launch) -> None:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     artifact = unpack(blob, str(path))
-    began = time.time()
     own = {field.name for field in dataclasses.fields(Config) if field.metadata["group"] == "model"}
     cfg, _ = read_config({name: text for name, text in env.items() if name.lower() not in own}, base=artifact.config)
     run = Run(cfg, launch)
@@ -3764,14 +3788,14 @@ def eval_command(path: Path, env: Mapping[str, str], launch: Launch) -> None:
     for row in EVALS:
         if not row.wanted(cfg):
             continue
-        score, ledger = row.score(run, model, val, artifact.looping, cfg.eval_budget_seconds - (time.time() - began))
+        score, ledger = row.score(run, model, val, artifact.looping, cfg.eval_budget_seconds - (time.time() - LAUNCHED))
         log_stage(run, row.label, score)
         stages[STAGE_NAMES.get(row.label, row.label)] = score.row()
     if run.main:
         if cfg.save_scores:
             save_scores(path.parent / "scores.npz", score, val, ledger)
-        write_json(path.parent / "eval.json", dict(stages=stages, seconds=time.time() - began))
-    run.log(f"total_eval_time:{time.time() - began:.1f}s")
+        write_json(path.parent / "eval.json", dict(stages=stages, seconds=time.time() - LAUNCHED))
+    run.log(f"total_eval_time:{time.time() - LAUNCHED:.1f}s")
 
 
 def describe_command(cfg: Config) -> None:
@@ -3808,8 +3832,254 @@ def pack_command(target: Path) -> None:
     print(f"{target}: {target.stat().st_size} bytes")
 
 
-def command(arguments: list[str], env: Mapping[str, str], began: float) -> None:
-    """Dispatch: train (default), eval ARTIFACT, describe, pack [TARGET], --help."""
+class Check(NamedTuple):
+    """One line of an audit; ``holds`` None: reported, not judged."""
+
+    name: str
+    holds: bool | None
+    evidence: str
+
+
+AUDIT_SECONDS = 600.0  # what the rules give training (Hessians and export included) and evaluation, each
+
+
+class Audited(NamedTuple):
+    """Everything an audit looks at."""
+
+    folder: Path
+    cfg: Config
+    run: Run
+    artifact: Artifact
+    model: GPT
+    pieces: Any
+    val: ValStream
+    scores: dict[str, np.ndarray]
+    stage: str
+    claimed: dict[str, Any]
+    result: dict[str, Any]
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """A JSON file of a run folder; empty when there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError:
+        raise UserError(f"{path} is not JSON; run or score the artifact again") from None
+
+
+def read_scores(path: Path) -> dict[str, np.ndarray]:
+    """scores.npz: nll, nbytes, order, trained_before, each [n]."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist; score the artifact with SAVE_SCORES=1")
+    try:
+        with np.load(path) as file:
+            scores = {name: file[name] for name in ("nll", "nbytes", "order", "trained_before")}
+    except Exception as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}); score the artifact again") from error
+    if len({array.shape for array in scores.values()}) != 1:
+        raise UserError(f"{path}: its columns have different lengths; score the artifact again")
+    return scores
+
+
+def open_audit(target: Path, env: Mapping[str, str]) -> Audited:
+    """Load a run folder or an artifact, its score ledger, and the validation text."""
+    path = target / "final_model.ptz" if target.is_dir() else target
+    try:
+        artifact = unpack(path.read_bytes(), str(path))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give a finished run folder") from error
+    folder, fields = path.parent, dataclasses.fields(Config)
+    result, evaluated = read_facts(folder / "result.json"), read_facts(folder / "eval.json")
+    own = {field.name for field in fields if field.metadata["group"] == "model"}
+    places = {field.name for field in fields if field.metadata["group"] == "data"} | {"device", "threads"}
+    kept = {name: value for name, value in result.get("config", {}).items() if name in places}
+    given = {name: text for name, text in env.items() if name.lower() not in own}
+    cfg, _ = read_config(given, base={**artifact.config, **kept, "compile": False})
+    run = Run(cfg, Launch(0, 1, 0))
+    check_shapes(cfg, artifact, path)
+    pieces = load_tokenizer(cfg)
+    model = build_model(cfg, run)
+    model.load_state_dict(artifact.state())
+    stages = evaluated.get("stages", {})
+    if not stages:
+        raise UserError(f"{folder} has no eval.json; score the artifact: python train_gpt.py eval {path}")
+    stage = next(name for name in ("ttt", "sliding", "quantized") if name in stages)
+    scores = read_scores(folder / "scores.npz")
+    return Audited(folder, cfg, run, artifact, model.eval(), pieces, load_validation(cfg, pieces), scores, stage,
+                   stages[stage], result)  # fmt: skip
+
+
+def audit_ledger(a: Audited) -> Iterator[Check]:
+    """Scored once, left to right, before any update; the claimed score follows from the ledger."""
+    nll, nbytes, order, trained = (a.scores[name] for name in ("nll", "nbytes", "order", "trained_before"))
+    count = len(nll)
+    complete = count == a.val.targets
+    yield Check("every target scored", complete, f"{count} scores for {a.val.targets} targets of the text")
+    if not complete:
+        return
+    seen = np.bincount(order.clip(0, count - 1), minlength=count)
+    once = bool((seen == 1).all() and order.min() >= 0 and order.max() < count)
+    wrong = int((seen != 1).sum())
+    yield Check("scored exactly once", once, "each position of the order occurs once" if once else
+                f"{wrong} positions of the scoring order occur twice or never: a token is scored twice")  # fmt: skip
+    backward = int((np.diff(order) <= 0).sum())
+    yield Check("left to right", backward == 0, "the order of scoring is the order of the text" if not backward else
+                f"{backward} targets are scored before the target to their left: the scores are reordered")  # fmt: skip
+    early = np.flatnonzero(trained > order)
+    updates = np.unique(trained[trained > 0])
+    yield Check("score before update", not len(early), f"{len(updates)} updates, none had seen its target" if not
+                len(early) else f"target {early[0]} was scored {order[early[0]]}th by a state trained on "
+                f"{trained[early[0]]} targets: an update came before its score")  # fmt: skip
+    bpb = float(nll.astype(np.float64).sum()) / math.log(2) / max(1, int(nbytes.astype(np.int64).sum()))
+    claimed = a.claimed["val_bpb"]
+    reported = a.result.get("stages", {}).get(a.stage, {}).get("val_bpb", claimed)
+    same = abs(bpb - claimed) < 1e-6 and abs(reported - claimed) < 1e-9
+    yield Check("score recomputed", same, f"{bpb:.8f} bpb from scores.npz, {reported:.8f} reported ({a.stage})")
+
+
+def audit_bytes(a: Audited) -> Iterator[Check]:
+    """The byte denominator is the length of the text: target by target, and against every decoded document."""
+    nbytes = a.scores["nbytes"].astype(np.int64)
+    if len(nbytes) != a.val.targets:
+        return
+    wanted = a.val.nbytes.numpy()
+    differ = np.flatnonzero(nbytes != wanted)
+    yield Check("bytes of each target", not len(differ), f"{int(nbytes.sum())} bytes, as the tokenizer or sidecar says"
+                if not len(differ) else f"target {differ[0]} counts {nbytes[differ[0]]} bytes, the text has "
+                f"{wanted[differ[0]]}: the byte count is off by {int(nbytes.sum() - wanted.sum())}")  # fmt: skip
+    tokens = a.val.tokens.numpy()
+    starts = np.flatnonzero(tokens == BOS)
+    if len(starts) < 2:
+        yield Check("bytes of the decoded text", None, "fewer than two documents, not compared")
+        return
+    begin, end = int(starts[0]), int(starts[-1])
+    pairs = zip(starts[:-1], starts[1:], strict=True)
+    texts = a.pieces.decode([tokens[s + 1 : e].tolist() for s, e in pairs])
+    size, counted = sum(len(text.encode()) for text in texts), int(nbytes[begin : end - 1].sum())
+    yield Check("bytes of the decoded text", size == counted,
+                f"{len(texts)} decoded documents have {size} bytes, {counted} are counted")  # fmt: skip
+
+
+@torch.no_grad()
+def audit_rescore(a: Audited, windows: int = 6) -> Check:
+    """Scores of sampled windows, recomputed from the packed file with the weights that scored them first."""
+    cfg, count = a.cfg, a.val.targets
+    if len(a.scores["nll"]) != count:
+        return Check("scores recomputed from the artifact", None, "not comparable: another number of targets")
+    plan = plain_windows(count, cfg.eval_seq_len) if a.stage == "quantized" else sliding_windows(
+        count, cfg.eval_seq_len, cfg.eval_stride)  # fmt: skip
+    frozen = np.flatnonzero(a.scores["trained_before"][plan.lo] == 0)
+    chosen = np.unique(frozen[np.linspace(0, len(frozen) - 1, windows).astype(int)])
+    plan = plan.pick(chosen)
+    nll = torch.full((count,), math.nan, device=a.run.device)
+    score_windows(a.run, a.model, a.val.tokens.to(a.run.device), plan, a.artifact.looping, nll)
+    got = nll.cpu().numpy()
+    mine = np.flatnonzero(np.isfinite(got))
+    gap = np.abs(got[mine] - a.scores["nll"][mine])
+    mean_gap = float(np.abs(got[mine].mean() - a.scores["nll"][mine].mean()))
+    close = bool(gap.max() < (1e-3 if a.run.device.type == "cpu" else 0.5) and mean_gap < 5e-3)
+    evidence = f"{len(mine)} targets in {len(chosen)} windows, largest difference {gap.max():.2g} nats"
+    return Check("scores recomputed from the artifact", close, evidence if close else
+                 f"{evidence} at target {mine[gap.argmax()]}: not this artifact's, or reordered")  # fmt: skip
+
+
+@torch.no_grad()
+def audit_normalised(a: Audited, positions: int = 4) -> Check:
+    """exp(-nll) summed over every possible target is 1: the function that scores, asked for each token in turn."""
+    length, vocab = min(a.cfg.eval_seq_len, a.val.targets), a.cfg.vocab_size
+    hidden = a.model.hidden(a.val.tokens[:length][None].to(a.run.device), a.artifact.looping)[0]
+    worst, part = 0.0, max(1, (1 << 25) // vocab)
+    for place in np.linspace(0, length - 1, positions).astype(int):
+        total = 0.0
+        for begin in range(0, vocab, part):
+            targets = torch.arange(begin, min(begin + part, vocab), device=a.run.device)
+            rows = hidden[int(place)].expand(len(targets), -1).contiguous()
+            total += float((-a.model.nll(rows, targets).double()).exp().sum())
+        worst = max(worst, abs(total - 1))
+    evidence = f"{positions} positions over {vocab} tokens, off by {worst:.1e}"
+    return Check("distributions sum to 1", worst < 1e-3, evidence)
+
+
+@torch.no_grad()
+def audit_causal(a: Audited) -> Iterator[Check]:
+    """Logits of the packed model before t do not move when every token from t on does; nor by the batch around them."""
+    length = min(a.cfg.eval_seq_len, a.val.targets)
+    ids = a.val.tokens[:length].to(a.run.device)[None]
+    slack = 0.0 if a.run.device.type == "cpu" else 1e-3
+    before, worst, moved = a.model.logits(ids, a.artifact.looping), 0.0, 0.0
+    for t in sorted({1, length // 3, length // 2, length - 1} - {0}):
+        other = ids.clone()
+        other[:, t:] = (other[:, t:] * 7 + 13) % (a.cfg.vocab_size - 4) + 4
+        after = a.model.logits(other, a.artifact.looping)
+        worst = max(worst, float((after[:, :t] - before[:, :t]).abs().max()))
+        moved = max(moved, float((after[:, t:] - before[:, t:]).abs().max()))
+    holds = worst <= slack and moved > 0
+    yield Check("future tokens do not matter", holds, f"largest change of an earlier logit {worst:.2g}" if holds else
+                f"later tokens move earlier logits by {worst:.2g}: the model depends on the future")  # fmt: skip
+    pair = torch.cat([(ids * 5 + 11) % (a.cfg.vocab_size - 4) + 4, ids])
+    gap = float((a.model.logits(pair, a.artifact.looping)[1] - before[0]).abs().max())
+    close = gap <= (1e-3 if a.run.device.type == "cpu" else 0.25)
+    yield Check("other sequences do not matter", close, f"largest change of a logit by its batch {gap:.2g}")
+
+
+def audit_limits(a: Audited) -> Iterator[Check]:
+    """Bytes of the files that count, and the time ledger against the rules."""
+    script, artifact = a.folder / "train_gpt_packed.py", (a.folder / "final_model.ptz").stat().st_size
+    if not script.exists():
+        yield Check("size", False, f"{script} does not exist, so the code cannot be counted")
+        return
+    code = script.stat().st_size
+    total, limit = code + artifact, a.result.get("config", {}).get("size_limit", 16_000_000) or 16_000_000
+    same = a.result.get("total_bytes", total) == total
+    yield Check("size", total <= limit and same, f"{code} of code + {artifact} of artifact = {total} of {limit} bytes"
+                if same else f"the files have {total} bytes, result.json says {a.result['total_bytes']}")  # fmt: skip
+    if not a.result:
+        yield Check("time", None, "no result.json: training was not timed here")
+        return
+    parts = {"start-up": "startup_seconds", "train": "train_seconds", "Hessians": "hessian_seconds",
+             "quantize+pack": "quantize_pack_seconds", "evaluate (load, compile)": "eval_seconds"}  # fmt: skip
+    ledger = ", ".join(f"{name} {a.result[key]:.1f} s" for name, key in parts.items() if key in a.result)
+    clock = a.result["config"]["max_wallclock_seconds"]
+    spent = sum(a.result.get(key, 0.0) for key in ("train_seconds", "hessian_seconds", "quantize_pack_seconds"))
+    official = a.result["world_size"] == 8 and a.result["device"] != "cpu"
+    yield Check("training time", spent <= AUDIT_SECONDS if clock or official else None,
+                f"{spent:.1f} s with Hessians, quantization and packing, of {AUDIT_SECONDS:g}"
+                + ("" if clock or official else "; no clock was set, so it is not judged"))  # fmt: skip
+    seconds, where = a.result["eval_seconds"], f"{a.result['world_size']}x {a.result['device']}"
+    yield Check("evaluation time", seconds <= AUDIT_SECONDS if official else None, f"{seconds:.1f} s of "
+                f"{AUDIT_SECONDS:g}" + ("" if official else f"; on {where}, so it is not judged"))  # fmt: skip
+    yield Check("time ledger", None, ledger)
+
+
+def update_log(a: Audited, shown: int = 4) -> str:
+    """The intervals between updates: targets scored, and what the weights that scored them had been trained on."""
+    trained = a.scores["trained_before"]
+    edges = np.flatnonzero(np.diff(trained, prepend=-1))
+    ends = np.append(edges[1:], len(trained))
+    lines = [f"  scored [{s}, {e}) by weights trained on [0, {trained[s]})" for s, e in zip(edges, ends, strict=True)]
+    middle = [f"  ... {len(lines) - shown} more"] if len(lines) > shown else []
+    return "\n".join(lines[: shown - 1] + middle + lines[-1:] if middle else lines)
+
+
+def audit_command(target: Path, env: Mapping[str, str]) -> None:
+    """Check what can be checked of a run's score, print a page, keep it as audit.txt; UserError when a check fails."""
+    a = open_audit(target, env)
+    checks = [*audit_ledger(a), *audit_bytes(a), audit_rescore(a), audit_normalised(a), *audit_causal(a),
+              *audit_limits(a)]  # fmt: skip
+    digest = hashlib.sha256((a.folder / "final_model.ptz").read_bytes()).hexdigest()
+    lines = [f"audit of {a.folder.name}: {a.claimed['val_bpb']:.8f} bpb ({a.stage}), artifact sha256 {digest[:16]}"]
+    words = {True: "ok  ", False: "FAIL", None: "note"}
+    lines += [f"{words[check.holds]} {check.name}: {check.evidence}" for check in checks]
+    lines += ["intervals of scoring and training:", update_log(a)]
+    page = "\n".join(lines)
+    print(page)
+    atomic_write(a.folder / "audit.txt", (page + "\n").encode())
+    if failed := [check for check in checks if check.holds is False]:
+        raise UserError("the audit failed: " + "; ".join(f"{check.name}: {check.evidence}" for check in failed))
+
+
+def command(arguments: list[str], env: Mapping[str, str]) -> None:
+    """Dispatch: train (default), eval ARTIFACT, audit RUN, describe, pack [TARGET], --help."""
     name, rest = (arguments[0], arguments[1:]) if arguments else ("train", [])
     if name in ("-h", "--help", "help"):
         print(help_text())
@@ -3817,22 +4087,23 @@ def command(arguments: list[str], env: Mapping[str, str], began: float) -> None:
         eval_command(Path(rest[0]), env, read_launch(env))
     elif name == "pack" and len(rest) <= 1:
         pack_command(Path(rest[0] if rest else "train_gpt_packed.py"))
+    elif name == "audit" and len(rest) == 1:
+        audit_command(Path(rest[0]), env)
     elif name == "describe" and not rest:
         describe_command(read_config(env)[0])
     elif name == "train" and not rest:
         cfg, warnings = read_config(env)
-        train_command(cfg, read_launch(env), warnings, began)
+        train_command(cfg, read_launch(env), warnings)
     else:
         raise UserError(
-            f"unknown command {' '.join(arguments)}; use train, eval ARTIFACT, describe, pack [FILE] or --help"
+            f"unknown command {' '.join(arguments)}; use train, eval ARTIFACT, audit RUN, describe, pack [FILE], --help"
         )
 
 
 def main() -> int:
     """Exit codes: 0 done, 2 bad input or configuration, 3 non-finite loss, 4 over the byte budget, 130/143 signals."""
-    began = time.time()
     try:
-        command(sys.argv[1:], environment(), began)
+        command(sys.argv[1:], environment())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.code

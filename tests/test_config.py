@@ -244,7 +244,7 @@ def test_base_stands_between_preset_and_variables():
 
 def test_help_lists_every_knob(capsys):
     """--help names every knob with its meaning, every choice and every preset."""
-    tg.command(["--help"], {}, 0.0)
+    tg.command(["--help"], {})
     text = capsys.readouterr().out
     for name, field in tg.knobs().items():
         line = next(line for line in text.splitlines() if line.split()[:1] == [name])
@@ -264,7 +264,7 @@ def test_every_knob_explains_itself():
 def test_describe_needs_no_data(preset, capsys, tmp_path):
     """The plan of a run is printed without text, tokenizer, GPU or a run folder."""
     env = tiny_env(preset, data_dir=str(tmp_path / "absent"), runs_dir=str(tmp_path / "runs"))
-    tg.command(["describe"], env, 0.0)
+    tg.command(["describe"], env)
     text = capsys.readouterr().out
     assert preset in text and "visits" in text and "muon" in text
     assert list(tmp_path.iterdir()) == []
@@ -274,4 +274,4 @@ def test_unknown_commands_are_refused():
     """A command that does not exist names those that do."""
     for arguments in (["trian"], ["eval"], ["eval", "a", "b"], ["describe", "x"], ["pack", "a", "b"]):
         with pytest.raises(tg.UserError, match="describe"):
-            tg.command(arguments, {}, 0.0)
+            tg.command(arguments, {})

@@ -23,7 +23,7 @@ sys.modules["report"] = report
 spec.loader.exec_module(report)
 
 # The contract of train_gpt.py in a few lines: --help, run folder, exit codes, signals, checkpoint and resume.
-STAND_IN = '''
+STAND_IN = """
 import json, os, pathlib, signal, sys, time
 if sys.argv[1:] == ["--help"]:
     print("stand-in\\n\\nPresets (PRESET=name):\\n  tiny       small\\n\\nrun:")
@@ -70,7 +70,7 @@ if rank == "0":
                   stages=dict(raw=stage(bpb - 0.01), quantized=stage(bpb)))
     (folder / "result.json").write_text(json.dumps(result))
     (folder / "DONE").touch()
-'''
+"""
 
 PEER = """
 import os

@@ -816,7 +816,7 @@ def train_in_process(cfg_values: dict, monkeypatch, folder: Path) -> list:
     steps = []
     monkeypatch.setattr(tg.Trainer, "accumulate", lambda *args: steps.append(1) or pytest.fail("a step was taken"))
     cfg = tiny("record", runs_dir=str(folder), run_id="r", warmup_steps=1, **cfg_values)
-    tg.train_command(cfg, tg.Launch(0, 1, 0), [], 0.0)
+    tg.train_command(cfg, tg.Launch(0, 1, 0), [])
     return steps
 
 

@@ -182,8 +182,10 @@ def test_table_compares_one_stage_pairs_seeds_and_never_ranks_blanks_first(tmp_p
     assert f"{report.mean(differences):+.4f} ± {report.std(differences):.4f}" in idea and "3 at quantized" in idea
     assert "interrupted" in next(line for line in page.splitlines() if line.startswith("| empty"))
     lines = (tmp_path / "report.csv").read_text().splitlines()
-    assert len(lines) == 8 and lines[0].startswith("row,seed,status") and page.startswith(
-        (tmp_path / "report.md").read_text()
+    assert (
+        len(lines) == 8
+        and lines[0].startswith("row,seed,status")
+        and page.startswith((tmp_path / "report.md").read_text())
     )
 
 
@@ -225,9 +227,7 @@ def test_plots_are_made_and_labelled(tmp_path):
         make_run(tmp_path / f"deq-s{seed}", seed, 1.1, deq=dict(residuals=[0.5, 0.1, 0.01]))
     assert report.main(["plots", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     made = {path.name for path in (tmp_path / "out").iterdir()}
-    assert made == {
-        f"{n}.png" for n in ("loss_steps", "loss_seconds", "pareto", "bytes", "time", "residuals")
-    }
+    assert made == {f"{n}.png" for n in ("loss_steps", "loss_seconds", "pareto", "bytes", "time", "residuals")}
     assert all((tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG" for name in made)
 
 

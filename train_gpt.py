@@ -663,16 +663,17 @@ class Clock:
 
     def pause(self) -> None:
         self.run.synchronize()
-        self.seconds, self.started = self._now(), None
+        self.seconds, self.started = self.now(), None
 
-    def _now(self) -> float:
+    def now(self) -> float:
+        """Seconds on this rank; only rank 0's are ever acted on."""
         return self.seconds + (time.perf_counter() - self.started if self.started is not None else 0.0)
 
     def read(self) -> tuple[float, int]:
         if self.run.world_size == 1:
-            return self._now(), self.run.signal
+            return self.now(), self.run.signal
         vote = torch.zeros(self.run.world_size + 1, dtype=torch.float64, device=self.run.device)
-        vote[-1] = self._now() if self.run.main else 0.0
+        vote[-1] = self.now() if self.run.main else 0.0
         vote[self.run.rank] = self.run.signal
         votes = self.run.sum(vote).tolist()
         return votes[-1], int(max(votes[:-1]))
@@ -2678,7 +2679,7 @@ class Meter:
             raise NonFiniteLoss(
                 f"step {step}: loss {loss}, gradient norm {norm_}; lower the learning rates (checkpoint kept)"
             )
-        seconds = self.trainer.clock.read()[0]
+        seconds = self.trainer.clock.now()
         if step <= 5 or step % self.cfg.train_log_every == 0:
             self._log(step, looping, loss, norm_, seconds)
 

@@ -84,7 +84,12 @@ watch_run() {
     fi
     sleep "${GAUNTLET_TICK:-1}" || true
   done
-  if [[ -t 1 ]]; then printf '\r\033[K'; fi
+  if [[ -t 1 ]]; then
+    printf '\r\033[K'
+  elif [[ -z $last ]]; then # too short a run to have been caught at it
+    line=$(progress "$2/console.log")
+    if [[ -n $line ]]; then say "$1 $line"; fi
+  fi
 }
 
 # Start a run in a process group of its own, so that a Ctrl-C reaches it once, through stop.

@@ -332,7 +332,19 @@ PRESETS: dict[str, Preset] = {
 }
 
 # Names that other tools put into the environment and that look like ours.
-FOREIGN_NAMES = {"MODEL_DIR", "NUM_THREADS", "DATA_ROOT", "NUM_WORKERS", "MAX_JOBS", "RUN_DIR", "TRAIN_DIR", "DEVICES"}
+FOREIGN_NAMES = {
+    "COMPILER",
+    "DATASETS",
+    "SEEDS",
+    "MODEL_DIR",
+    "NUM_THREADS",
+    "DATA_ROOT",
+    "NUM_WORKERS",
+    "MAX_JOBS",
+    "RUN_DIR",
+    "TRAIN_DIR",
+    "DEVICES",
+}
 FOREIGN_FAMILIES = (
     "NCCL_",
     "CUDA_",
@@ -361,6 +373,8 @@ MODEL_CHECKS: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda c: c.eval_stride <= c.eval_seq_len, "EVAL_STRIDE={eval_stride} exceeds EVAL_SEQ_LEN={eval_seq_len}"),
     (lambda c: not c.ttt_enabled or c.ttt_chunk_tokens % c.eval_stride == 0,
      "TTT_CHUNK_TOKENS={ttt_chunk_tokens} must be a multiple of EVAL_STRIDE={eval_stride}"),
+    (lambda c: not c.ttt_enabled or c.eval_seq_len % c.eval_stride == 0,
+     "EVAL_SEQ_LEN={eval_seq_len} must be a multiple of EVAL_STRIDE={eval_stride} for TTT_ENABLED=1"),
     (lambda c: not c.ttt_enabled or c.ttt_chunk_tokens >= c.eval_seq_len,
      "TTT_CHUNK_TOKENS={ttt_chunk_tokens} must hold a sequence of EVAL_SEQ_LEN={eval_seq_len} tokens"),
 )  # fmt: skip
@@ -369,6 +383,7 @@ TRAIN_CHECKS: tuple[tuple[Callable[[Config], bool], str], ...] = (
      "TRAIN_BATCH_TOKENS={train_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={train_seq_len}"),
     (lambda c: not c.max_wallclock_seconds or c.gptq_reserve_seconds < c.max_wallclock_seconds,
      "GPTQ_RESERVE_SECONDS={gptq_reserve_seconds} must be less than MAX_WALLCLOCK_SECONDS={max_wallclock_seconds}"),
+    (lambda c: c.weights != "ema" or c.ema_decay > 0, "WEIGHTS=ema needs EMA_DECAY > 0"),
     (lambda c: not c.size_limit or c.size_target <= c.size_limit,
      "SIZE_TARGET={size_target} must not exceed SIZE_LIMIT={size_limit}"),
 )  # fmt: skip
@@ -573,6 +588,7 @@ class Run:
         extra = {"device_id": self.device} if cuda else {}
         try:
             dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=600), **extra)
+            self.voters = dist.new_group(backend="gloo") if cuda else None  # votes do not wait for the GPU's queue
         except (ValueError, RuntimeError) as error:
             raise UserError(f"cannot join the process group: {error}; start with torchrun") from error
 
@@ -595,15 +611,21 @@ class Run:
             return
         if console:
             print(line, flush=True)
-        if self.folder:
-            with open(self.folder / self.log_name, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        self._append(self.log_name, line)
 
     def event(self, kind: str, **fields: Any) -> None:
         """One JSON object to metrics.jsonl. Rank 0 only."""
-        if self.main and self.folder:
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"event": kind, **fields}) + "\n")
+        if self.main:
+            self._append("metrics.jsonl", json.dumps({"event": kind, **fields}))
+
+    def _append(self, name: str, line: str) -> None:
+        if not self.folder:
+            return
+        try:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.folder / name}: {error.strerror}; free some space") from error
 
     def share(self, value: Any) -> Any:
         """Rank 0's object, on every rank."""
@@ -617,6 +639,12 @@ class Run:
         """All-reduced in place over the ranks."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
+        return tensor
+
+    def vote(self, tensor: Tensor) -> Tensor:
+        """A CPU tensor summed in place over the ranks, without waiting for what the GPUs have in hand."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, group=self.voters)
         return tensor
 
     def barrier(self) -> None:
@@ -672,10 +700,10 @@ class Clock:
     def read(self) -> tuple[float, int]:
         if self.run.world_size == 1:
             return self.now(), self.run.signal
-        vote = torch.zeros(self.run.world_size + 1, dtype=torch.float64, device=self.run.device)
+        vote = torch.zeros(self.run.world_size + 1, dtype=torch.float64)
         vote[-1] = self.now() if self.run.main else 0.0
         vote[self.run.rank] = self.run.signal
-        votes = self.run.sum(vote).tolist()
+        votes = self.run.vote(vote).tolist()
         return votes[-1], int(max(votes[:-1]))
 
 
@@ -778,8 +806,10 @@ def shard_paths(folder: Path, split: str) -> list[Path]:
 
 def load_tokenizer(cfg: Config) -> Any:
     """The SentencePiece model, checked against VOCAB_SIZE and, where it is listed, against the manifest's SHA-256."""
-    import sentencepiece
-
+    try:
+        import sentencepiece
+    except ImportError:
+        raise UserError("the package sentencepiece is missing: pip install -r requirements.txt") from None
     paths = data_paths(cfg)
     try:
         blob = paths.tokenizer.read_bytes()
@@ -864,42 +894,52 @@ class ValStream(NamedTuple):
 
 
 def load_validation(cfg: Config, pieces: Any) -> ValStream:
-    """The whole validation stream and its byte counts.
+    """The whole validation stream and its byte counts, checked against the decoded text (law 5).
 
-    Bytes come from the sidecar where there is one (exact for any tokenizer), else from the byte table. Laws 5: the
-    table is checked against the decoded text of the first documents.
+    Bytes come from the sidecar where there is one (of the original text, whatever the tokenizer normalises), else from
+    the byte table (of the text as the tokenizer sees it).
     """
     folder = data_paths(cfg).folder
     tokens = np.concatenate([np.asarray(read_shard(path)) for path in shard_paths(folder, "val")])
-    if cfg.val_tokens_limit:
-        tokens = tokens[: cfg.val_tokens_limit]
+    sidecars = shard_paths(folder, "val_bytes")
     if len(tokens) < 2:
         raise UserError(f"the validation text in {folder} has {len(tokens)} tokens; prepare it again")
     if int(tokens.max()) >= cfg.vocab_size:
         raise UserError(
             f"{folder} holds token {int(tokens.max())}, VOCAB_SIZE={cfg.vocab_size}; wrong shards or tokenizer"
         )
-    table = byte_table(pieces)
-    counted = table.count(tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64))
-    check_bytes(pieces, tokens, counted)
-    if sidecars := shard_paths(folder, "val_bytes"):
-        side = np.concatenate([np.asarray(read_shard(path)) for path in sidecars])[: len(tokens)]
-        if len(side) != len(tokens):
-            raise UserError(f"the byte sidecars in {folder} have {len(side)} entries for {len(tokens)} tokens")
-        counted = side[1:]
-    return ValStream(torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(counted.astype(np.int64)))
+    if sidecars:
+        counted = np.concatenate([np.asarray(read_shard(path)) for path in sidecars])
+        if len(counted) != len(tokens):
+            raise UserError(f"the byte sidecars in {folder} have {len(counted)} entries for {len(tokens)} tokens")
+        counted = counted[1:]
+    else:
+        counted = byte_table(pieces).count(tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64))
+    check_bytes(pieces, tokens, counted, slack=0.05 if sidecars else 0.0)
+    limit = cfg.val_tokens_limit or len(tokens)
+    tokens, counted = tokens[:limit].astype(np.int64), counted[: limit - 1].astype(np.int64)
+    return ValStream(torch.from_numpy(tokens), torch.from_numpy(counted))
 
 
-def check_bytes(pieces: Any, tokens: np.ndarray, counted: np.ndarray, documents: int = 64) -> None:
-    """Law 5 on a sample: the counted bytes of the first whole documents equal those of their decoded text."""
+def check_bytes(pieces: Any, tokens: np.ndarray, counted: np.ndarray, slack: float, documents: int = 64) -> None:
+    """Law 5 on a sample: the counted bytes of the first whole documents are those of their decoded text.
+
+    A sidecar counts the original text; a normalising tokenizer's decoded text may differ from it a little: ``slack``.
+    """
     starts = np.flatnonzero(tokens == BOS)[: documents + 1]
-    for begin, end in zip(starts[:-1], starts[1:], strict=True):
-        text = pieces.decode(tokens[begin + 1 : end].tolist())
+    texts = pieces.decode([tokens[s + 1 : e].tolist() for s, e in zip(starts[:-1], starts[1:], strict=True)])
+    total = 0
+    for begin, end, text in zip(starts[:-1], starts[1:], texts, strict=True):
         got, want = int(counted[begin : end - 1].sum()), len(text.encode())
-        if got != want:
+        total += got - want
+        if slack == 0 and got != want:
             raise UserError(
                 f"byte count of the document at token {begin} is {got}, its text has {want}; wrong tokenizer?"
             )
+    if abs(total) > slack * sum(len(text.encode()) for text in texts):
+        raise UserError(
+            f"the byte sidecar is {total} bytes off the decoded text of {len(texts)} documents; prepare it again"
+        )
 
 
 class TrainStream:
@@ -928,7 +968,11 @@ class TrainStream:
 
     @property
     def tokens(self) -> int:
-        return sum(len(shard) for shard in self.shards)
+        return sum(self.sizes())
+
+    def sizes(self) -> list[int]:
+        """Tokens of every shard: with SEED, what the order depends on."""
+        return [len(shard) for shard in self.shards]
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - two epochs meet in one batch; the stream lives as long as the run
     def epoch(self, epoch: int) -> tuple[np.ndarray, list[int]]:
@@ -985,12 +1029,8 @@ class Prefetcher:
 # ######################################################################################################################
 
 
-def orthogonal_(weight: Tensor) -> None:
-    """Random (semi-)orthogonal rows: the start of every map whose output is not added to the residual stream."""
-    nn.init.orthogonal_(weight)
-
-
-INITS: dict[str, Callable[[Tensor], Any]] = {"orthogonal": orthogonal_, "zero": nn.init.zeros_}
+# orthogonal: every map whose output is not added to the residual stream; zero: those whose output is
+INITS: dict[str, Callable[[Tensor], Any]] = {"orthogonal": nn.init.orthogonal_, "zero": nn.init.zeros_}
 
 
 class DenseLinear(nn.Module):
@@ -1104,8 +1144,10 @@ def select_attention(cfg: Config, device: torch.device) -> str:
         hopper = torch.cuda.get_device_capability(device) >= (9, 0)
         fa3 = importlib.util.find_spec("flash_attn_interface") is not None
         name = "fa3" if hopper and fa3 else "cudnn" if hopper else "flash"
-    for switch in ("cudnn", "flash"):
-        getattr(torch.backends.cuda, f"enable_{switch}_sdp")(name == switch)
+    masked = {"efficient", "math"} if cfg.pack_docs or cfg.attention_backend == "auto" else set()
+    for switch in ("cudnn", "flash", "efficient", "math"):
+        enable = getattr(torch.backends.cuda, f"enable_{'mem_' * (switch == 'efficient')}{switch}_sdp")
+        enable(name == switch or switch in masked)
     return name
 
 
@@ -2411,6 +2453,7 @@ class Optimizers:
             shapes.setdefault(param.shape, []).append(name)
         return [Bank(names, [named[name] for name in names], self.run) for names in shapes.values()]
 
+    @torch.no_grad()
     def warm_up(self) -> None:
         """Compile the orthogonalization of every bank on noise; no state changes."""
         for bank in self.banks:
@@ -2535,7 +2578,8 @@ def looping_at(cfg: Config, fraction: float) -> bool:
 def micro_sequences(cfg: Config, run: Run) -> int:
     """Sequences of one forward on one rank: MICRO_BATCH_TOKENS, or the most that free memory should hold.
 
-    A visit keeps about 20 D values a token for the backward pass, the head 3 V (bf16 logits, their gradient, slack).
+    A visit keeps about 20 D values a token for the backward pass, the head 4 V (bf16 logits, their gradient,
+    slack). Parts are of one size where the share has a near divisor, because every shape is a graph.
     """
     share = max(1, -(-cfg.train_batch_tokens // cfg.train_seq_len // run.world_size))
     if cfg.micro_batch_tokens or run.device.type == "cpu":
@@ -2545,7 +2589,8 @@ def micro_sequences(cfg: Config, run: Run) -> int:
     token_bytes = 2 * ((10 + 2.5 * cfg.mlp_mult) * cfg.model_dim * visits + 4 * cfg.vocab_size)
     most = max(1, int(0.85 * free / token_bytes / cfg.train_seq_len))
     pieces = -(-share // most)
-    return -(-share // pieces)
+    even = [n for n in range(pieces, 2 * pieces + 1) if share % n == 0]
+    return share // even[0] if even else -(-share // pieces)
 
 
 class Trainer:
@@ -2557,8 +2602,12 @@ class Trainer:
         self.optimizers = Optimizers(self.model, run)
         self.ema = Ema(self.model, run.cfg)
         self.stream = TrainStream(run.cfg)
+        if run.cfg.train_batch_tokens // run.cfg.train_seq_len < run.world_size:
+            raise UserError(
+                f"TRAIN_BATCH_TOKENS={run.cfg.train_batch_tokens} holds fewer sequences than there are ranks"
+            )
         self.micro = micro_sequences(run.cfg, run)
-        self.step, self.seconds, self.saved = 0, 0.0, -1
+        self.step, self.seconds, self.saved, self.looping = 0, 0.0, -1, False
 
     def accumulate(self, rows: Tensor, looping: bool) -> Tensor:
         """Forward and backward of this rank's sequences [n, T+1]; returns its share of the step's mean loss."""
@@ -2577,20 +2626,31 @@ class Trainer:
         """
         cfg, run = self.cfg, self.run
         states = (False, True) if cfg.loops and cfg.enable_looping_at < 1 else (False,)
-        for index in range(cfg.warmup_steps):
-            for looping in states:
-                noise = torch.randint(cfg.vocab_size, (self.micro, cfg.train_seq_len + 1), device=run.device)
-                try:
-                    self.accumulate(noise, looping)
-                except torch.OutOfMemoryError:
-                    self._shrink()
-                    return self.warm_up()
-            run.log(f"warmup_step: {index + 1}/{cfg.warmup_steps}")
+        index = 0
+        while index < cfg.warmup_steps:
+            if self._fits(states):
+                index += 1
+                run.log(f"warmup_step: {index}/{cfg.warmup_steps}")
+            else:
+                self._shrink()
         self.optimizers.warm_up()
         self.model.zero_grad(set_to_none=True)
         if len(states) == 2:
             encoder, decoder = halves(cfg, True)
             run.log(f"loop_warmup:enabled encoder:{encoder} decoder:{decoder}")
+
+    def _fits(self, states: tuple[bool, ...]) -> bool:
+        """Forward and backward of every micro-batch shape in every loop state; whether memory sufficed."""
+        share = len(self.run.split(self.cfg.train_batch_tokens // self.cfg.train_seq_len))
+        shapes = {len(part) for part in torch.empty(share).split(self.micro)}
+        try:
+            for looping in states:
+                for rows in shapes:
+                    noise = torch.randint(self.cfg.vocab_size, (rows, self.cfg.train_seq_len + 1))
+                    self.accumulate(noise.to(self.run.device), looping)
+        except torch.OutOfMemoryError:
+            return False
+        return True
 
     def _shrink(self) -> None:
         if self.micro == 1:
@@ -2610,7 +2670,8 @@ class Trainer:
 
     def state_dict(self) -> dict:
         return {
-            "step": self.step, "seconds": self.seconds, "model": self.model.state_dict(), "ema": self.ema.averages,
+            "step": self.step, "seconds": self.seconds, "looping": self.looping,
+            "data": self.stream.sizes(), "model": self.model.state_dict(), "ema": self.ema.averages,
             "optimizers": self.optimizers.state_dict(), "config": dataclasses.asdict(self.cfg),
         }  # fmt: skip
 
@@ -2630,20 +2691,26 @@ class Trainer:
         known = knobs()
         for name, value in state["config"].items():
             group = known[name.upper()].metadata["group"]
-            if group in ("model", "train") and name != "micro_batch_tokens" and getattr(self.cfg, name) != value:
+            binding = group in ("model", "train") or name == "seed"
+            if binding and name != "micro_batch_tokens" and getattr(self.cfg, name) != value:
                 raise UserError(
                     f"RESUME=1 but {name.upper()} was {value!r} and is {getattr(self.cfg, name)!r}; set it back"
                 )
+        if state["data"] != self.stream.sizes():
+            raise UserError(
+                "RESUME=1 but the training shards are others than those of the checkpoint; set DATA_DIR back"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizers.load_state_dict(state["optimizers"])
         for average, saved in zip(self.ema.averages, state["ema"], strict=True):
             torch._foreach_copy_(list(average.values()), [saved[name] for name in average])
-        self.step, self.seconds, self.saved = state["step"], state["seconds"], state["step"]
+        self.step, self.seconds, self.looping = state["step"], state["seconds"], state["looping"]
+        self.saved = self.step
         self.run.log(f"resume: step {self.step} after {self.seconds:.1f} s of training")
 
 
 class Meter:
-    """Loss, speed and time of the steps, logged one step late so that the device never waits for the host.
+    """Loss, speed and time of the steps, read one step late so that the device need not wait for the host.
 
     The loss is checked here: a step whose loss or gradient norm is not finite ends the run.
     """
@@ -2651,8 +2718,8 @@ class Meter:
     def __init__(self, trainer: Trainer, peak: float):
         self.trainer, self.run, self.cfg, self.peak = trainer, trainer.run, trainer.cfg, peak
         self.pending: tuple | None = None
-        self.mark: tuple[int, float, bool] | None = None
-        self.speed: dict[bool, list[float]] = {False: [], True: []}
+        self.mark: tuple[float, bool] | None = None  # (seconds, loop state) of the step read last
+        self.speed: dict[bool, list[float]] = {False: [], True: []}  # tokens a second of every step
 
     def push(self, step: int, looping: bool, loss: Tensor, norm_: Tensor) -> None:
         """Hand in a step just launched; reads the one before it, which has finished or is about to."""
@@ -2676,39 +2743,37 @@ class Meter:
             event.synchronize()
         loss, norm_ = values.tolist()
         if not (math.isfinite(loss) and math.isfinite(norm_)):
-            raise NonFiniteLoss(
-                f"step {step}: loss {loss}, gradient norm {norm_}; lower the learning rates (checkpoint kept)"
-            )
+            raise NonFiniteLoss(f"step {step}: loss {loss}, gradient norm {norm_}; lower the learning rates")
         seconds = self.trainer.clock.now()
-        if step <= 5 or step % self.cfg.train_log_every == 0:
+        if self.mark and self.mark[1] == looping:
+            self.speed[looping].append(self.cfg.train_batch_tokens / max(seconds - self.mark[0], 1e-9))
+        self.mark = (seconds, looping)
+        if step <= 5 or step % self.cfg.train_log_every == 0 or step == self.cfg.iterations:
             self._log(step, looping, loss, norm_, seconds)
 
     def _log(self, step: int, looping: bool, loss: float, norm_: float, seconds: float) -> None:
-        tokens = self.cfg.train_batch_tokens
-        average = step * tokens / max(seconds, 1e-9)
+        average = step * self.cfg.train_batch_tokens / max(seconds, 1e-9)
         line = (
             f"{step}/{self.cfg.iterations} train_loss: {loss:.4f} train_time: {seconds / 60:.1f}m tok/s: {average:.0f}"
         )
-        now = None
-        if self.mark and self.mark[2] == looping and step > self.mark[0]:
-            now = (step - self.mark[0]) * tokens / max(seconds - self.mark[1], 1e-9)
-            self.speed[looping].append(now)
-            line += f" now: {now:.0f}"
-            if self.peak:
-                line += f" mfu: {self.mfu(now, looping):.3f}"
-        self.mark = (step, seconds, looping)
-        left = self.trainer.seconds_left(step, seconds)
-        self.run.log(f"{line} eta: {left:.0f}s")
-        speed = dict(seconds=seconds, tokens_per_second=now or average)
-        self.run.event("train", step=step, loss=loss, grad_norm=norm_, looping=looping, **speed)
+        if recent := self.speed[looping][-20:]:
+            now = float(np.median(recent))
+            line += f" now: {now:.0f}" + (f" mfu: {self.mfu(now, looping):.3f}" if self.peak else "")
+        self.run.log(f"{line} eta: {self.trainer.seconds_left(step, seconds):.0f}s")
+        self.run.event("train", step=step, loss=loss, grad_norm=norm_, looping=looping, seconds=seconds,
+                       tokens_per_second=average)  # fmt: skip
 
     def mfu(self, tokens_per_second: float, looping: bool) -> float:
         """Model FLOP/s over the card's measured 8192^3 rate, per GPU."""
         return tokens_per_second * flops_per_token(self.cfg, looping) / self.peak / self.run.world_size
 
     def summary(self) -> dict[str, Any]:
-        """Median tokens/s and MFU before and after the loop switch."""
-        out = {}
+        """Median tokens/s and MFU before and after the loop switch, and the MFU of the steps together."""
+        out: dict[str, Any] = {}
+        rates = [(flops_per_token(self.cfg, looping), v) for looping, values in self.speed.items() for v in values]
+        if rates and self.peak:
+            spent = sum(1 / speed for _, speed in rates)
+            out["mfu"] = sum(flops for flops, _ in rates) / spent / self.peak / self.run.world_size
         for looping, values in self.speed.items():
             if values:
                 state = "loop_on" if looping else "loop_off"
@@ -2728,7 +2793,7 @@ class TrainLoop(Trainer):
         self.clock, self.meter = Clock(run, self.seconds), None
         self.meter = meter = Meter(self, peak)
         batches = Prefetcher(run, self.stream, self.step)
-        looping, written = False, time.perf_counter()
+        written = time.perf_counter()
         self.clock.start()
         try:
             while True:
@@ -2736,16 +2801,16 @@ class TrainLoop(Trainer):
                 now = progress(cfg, self.step, self.seconds)
                 if signalled or now.done:
                     break
-                if looping_at(cfg, now.fraction) != looping:
-                    looping = not looping
+                if looping_at(cfg, now.fraction) != self.looping:
+                    self.looping = not self.looping
                     self._announce_loop(now.fraction)
                 loss, norm_ = self.train_step(batches.next(), now.fraction)
-                meter.push(self.step, looping, loss, norm_)
+                meter.push(self.step, self.looping, loss, norm_)
                 if self._checkpoint_due(written):
                     self._off_the_clock(self.save)
                     written = time.perf_counter()
                 if cfg.val_loss_every and self.step % cfg.val_loss_every == 0 and self.step < cfg.iterations:
-                    self._off_the_clock(lambda: self._validate(val, looping))  # noqa: B023 - called at once
+                    self._off_the_clock(lambda: self._validate(val, self.looping))
             meter.flush()
         finally:
             batches.close()
@@ -2760,7 +2825,7 @@ class TrainLoop(Trainer):
                 f"stopping_early: wallclock_cap train_time: {1e3 * self.seconds:.0f}ms "
                 f"step: {self.step}/{cfg.iterations}"
             )
-        return {"looping": looping, **meter.summary()}
+        return {"looping": self.looping, **meter.summary()}
 
     def release(self) -> None:
         """Give the device's memory back; the trainer is of no use afterwards."""
@@ -3157,13 +3222,19 @@ def fit(cfg: Config, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor]
     for _ in range(2):
         octaves = (1.012 * entropy_bytes(quantize(cfg, state, hessians, 2**x)) - target + 5000) * 8 / weights
         x = min(max(x + octaves, COARSE_RANGE[0]), COARSE_RANGE[1])
-    while packs < 5:
+    while packs < 6:
+        x = COARSE_RANGE[1] if packs == 5 and best is None else x
         stored = quantize(cfg, state, hessians, 2**x)
         blob, packs = pack(cfg, stored, looping), packs + 1
         tried.append((x, len(blob)))
         if len(blob) <= target and (best is None or len(blob) > len(best.blob)):
             best = Export(blob, stored, 2**x, packs)
-        if target - 10000 <= len(blob) <= target or (x == COARSE_RANGE[0] and len(blob) <= target):
+        if (
+            packs >= 5
+            and best is not None
+            or target - 10000 <= len(blob) <= target
+            or (x == COARSE_RANGE[0] and len(blob) <= target)
+        ):
             break
         slope = -weights / 8
         if len(tried) > 1 and tried[-1][0] != tried[-2][0]:
@@ -3254,17 +3325,19 @@ def sliding_windows(targets: int, length: int, stride: int) -> Windows:
 def score_windows(run: Run, model: GPT, tokens: Tensor, windows: Windows, looping: bool, nll: Tensor) -> None:
     """Score this process's windows into nll (fp32 [n], on the device, at the targets' own positions).
 
-    Batches have one static shape: the last is filled up with repeats whose scores are dropped. Windows that score only
-    their last targets go through the head for those alone.
+    On a GPU batches have one static shape: the last is filled up with repeats of its last window. Windows that score
+    only their last targets go through the head for those alone.
     """
     cfg, length = run.cfg, run.cfg.eval_seq_len
-    per = max(1, min(cfg.val_batch_tokens // length, len(windows.start)))
+    per = max(1, cfg.val_batch_tokens // length)
+    fill = run.device.type == "cuda"
     index = torch.arange(length, device=run.device)
     for whole in (True, False):
         group = windows.pick((windows.lo == windows.start) == whole)
         offset = 0 if whole or not len(group.start) else int((group.lo - group.start).min())
         for begin in range(0, len(group.start), per):
-            rows = np.minimum(np.arange(begin, begin + per), len(group.start) - 1)
+            last = begin + per if fill else min(begin + per, len(group.start))
+            rows = np.minimum(np.arange(begin, last), len(group.start) - 1)
             start, lo, hi = (torch.from_numpy(column[rows]).to(run.device) for column in group)
             place = (start[:, None] + index).clamp(max=len(nll) - 1)
             hidden = model.hidden(tokens[place].long(), looping)[:, offset:]
@@ -3274,11 +3347,15 @@ def score_windows(run: Run, model: GPT, tokens: Tensor, windows: Windows, loopin
             nll[place[mine]] = nats[mine]
 
 
-def summarize(run: Run, val: ValStream, nll: Tensor, seconds: float) -> Score:
+def summarize(run: Run, val: ValStream, nll: Tensor, seconds: Callable[[], float]) -> Score:
     """Scores of every rank -> the stage's score. bpb = sum of nats / ln 2 / sum of the text's bytes, in fp64."""
     nll = run.sum(nll).cpu()
+    if not torch.isfinite(nll).all():
+        raise NonFiniteLoss(
+            f"{int((~torch.isfinite(nll)).sum())} targets have no finite score; the weights are damaged"
+        )
     nats, size = float(nll.double().sum()), int(val.nbytes.sum())
-    return Score(nats / val.targets, nats / math.log(2) / size, seconds, val.targets, size, nll)
+    return Score(nats / val.targets, nats / math.log(2) / size, seconds(), val.targets, size, nll)
 
 
 def evaluate(run: Run, model: GPT, val: ValStream, windows: Windows, looping: bool) -> Score:
@@ -3288,7 +3365,7 @@ def evaluate(run: Run, model: GPT, val: ValStream, windows: Windows, looping: bo
         nll = torch.zeros(val.targets, device=run.device)
         share = run.split(len(windows.start))
         score_windows(run, model, tokens, windows.pick(slice(share.start, share.stop)), looping, nll)
-        return summarize(run, val, nll, seconds())
+        return summarize(run, val, nll, seconds)
 
 
 class Ledger(NamedTuple):
@@ -3336,7 +3413,7 @@ class TestTimeTrainer:
         self.chunks = int(self.chunk[-1]) + 1
         self.params = adaptable(self.cfg, model)
         self.sgd = torch.optim.SGD(self.params, lr=self.cfg.ttt_lr, momentum=self.cfg.ttt_momentum)
-        self.epoch_seconds = self.score_seconds = 0.0
+        self.epoch_seconds = self.score_seconds = math.inf  # of the fastest chunk: the first ones compile
 
     def score_chunk(self, chunk: int, nll: Tensor) -> None:
         mine = self.windows.pick(self.chunk == chunk)
@@ -3377,10 +3454,10 @@ class TestTimeTrainer:
 
     def affordable_epochs(self, chunk: int, left: float) -> int:
         """Passes that leave time to score the chunks to come, by the times measured so far (0 while none are)."""
+        if math.isinf(self.epoch_seconds):
+            return self.cfg.ttt_epochs if left > 0 else 0
         remaining = self.chunks - chunk - 1
         spare = 0.95 * left - remaining * self.score_seconds
-        if not self.epoch_seconds:
-            return self.cfg.ttt_epochs if spare > 0 else 0
         return max(0, min(self.cfg.ttt_epochs, int(spare / remaining / self.epoch_seconds)))
 
     def evaluate(self, left: float) -> tuple[Score, Ledger]:
@@ -3398,7 +3475,7 @@ class TestTimeTrainer:
                 self.score_chunk(chunk, nll)
                 first, last = (min(c * cfg.ttt_chunk_tokens, self.val.targets) for c in (chunk, chunk + 1))
                 trained[first:last] = reach
-                self.score_seconds = seconds() - begin if chunk else 0.0
+                self.score_seconds = min(self.score_seconds, seconds() - begin)
                 if chunk == self.chunks - 1:
                     break
                 begin = seconds()
@@ -3406,10 +3483,11 @@ class TestTimeTrainer:
                 fewest = min(fewest, epochs)
                 self.adapt(chunk, epochs)
                 reach = last if epochs else reach
-                self.epoch_seconds = (seconds() - begin) / epochs if epochs and chunk else self.epoch_seconds
+                if epochs:
+                    self.epoch_seconds = min(self.epoch_seconds, (seconds() - begin) / epochs)
                 if (chunk + 1) % 50 == 0:
                     run.log(f"ttt:chunk {chunk + 1}/{self.chunks} {seconds():.0f}s")
-            score = summarize(run, self.val, nll, seconds())
+            score = summarize(run, self.val, nll, seconds)
         if fewest < cfg.ttt_epochs:
             run.log(f"ttt:epochs fell to {fewest} of {cfg.ttt_epochs}: EVAL_BUDGET_SECONDS={cfg.eval_budget_seconds:g}")
         for param in self.model.parameters():
@@ -3488,9 +3566,10 @@ def choose_run_id(cfg: Config) -> str:
     if not cfg.resume:
         return f"{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     found = glob.glob(str(Path(cfg.runs_dir) / f"{cfg.preset}-*" / "checkpoint.pt"))
+    found = [path for path in found if not Path(path).with_name("DONE").exists()]
     if not found:
         raise UserError(
-            f"RESUME=1 but no {cfg.preset} run in {cfg.runs_dir} has a checkpoint; set RUN_ID or start anew"
+            f"RESUME=1 but no unfinished {cfg.preset} run in {cfg.runs_dir} has a checkpoint; set RUN_ID or start anew"
         )
     return Path(max(found, key=os.path.getmtime)).parent.name
 
@@ -3532,7 +3611,8 @@ def preflight(run: Run, trainer: Trainer, code: int) -> None:
     if not run.main:
         return
     state = trainer.model.state_dict()
-    need = 5 * sum(4 * tensor.numel() for tensor in state.values()) + (64 << 20)
+    copies = 2 * (4 + len(trainer.ema.averages))  # a checkpoint, the one it replaces, and the final weights
+    need = copies * sum(4 * tensor.numel() for tensor in state.values()) + (64 << 20)
     free = shutil.disk_usage(run.folder).free
     if free < need:
         raise UserError(
@@ -3568,9 +3648,14 @@ def pick_weights(run: Run, trainer: TrainLoop, val: ValStream, looping: bool, re
         with swapped(model, state):
             return mean_loss(run, model, held_out, looping)
 
-    losses, candidates = {"raw": calibrate(raw)}, {"raw": raw}
-    if trainer.ema.averages:
+    candidates = {"raw": raw}
+    with stopwatch(run) as seconds:
+        losses = {"raw": calibrate(raw)}
         averaged = [calibrate(average) for average in trainer.ema.averages]
+        result["calibration_seconds"] = seconds()
+    if not all(map(math.isfinite, [*losses.values(), *averaged])):
+        raise NonFiniteLoss("the trained weights have no finite loss on calibration text; lower the learning rates")
+    if averaged:
         best = int(np.argmin(averaged))
         candidates["ema"], losses["ema"] = trainer.ema.averages[best], averaged[best]
         run.log(f"ema: applying EMA weights, memory {trainer.ema.fracs[best]:g} of the run")
@@ -3625,6 +3710,9 @@ def export(run: Run, trainer: TrainLoop, state: dict[str, Tensor], looping: bool
         ideal = entropy_bytes(packed.stored)
         run.log(f"Quantized weights: step multiplier {packed.coarse:.3f}, packed {packed.packs} times, "
                 f"entropy {ideal:.0f} bytes, {result['quantize_pack_seconds']:.1f}s")  # fmt: skip
+        run.log(f"Serialized model: {sum(4 * tensor.numel() for tensor in state.values())} bytes")
+        run.log(f"Code size (uncompressed): {len(script_source().encode())}")
+        run.log(f"Code size (compressed): {code}")
         run.log(f"Serialized model quantized+{cfg.compressor}: {len(packed.blob)} bytes")
         run.log(f"Total submission size quantized+{cfg.compressor}: {total} bytes")
         result |= dict(
@@ -3677,10 +3765,15 @@ def setup_folder(run: Run) -> tuple[Path, int]:
     script = run.folder / "train_gpt_packed.py"
     packed = packed_script(script_source())
     if run.main:
+        stale = ["DONE", "eval.json", "scores.npz", "audit.txt"] + ([] if run.cfg.resume else ["checkpoint.pt"])
+        for name in stale:
+            (run.folder / name).unlink(missing_ok=True)
         atomic_write(run.folder / "train_gpt.py", script_source().encode())
         atomic_write(script, packed)
         write_json(run.folder / "config.json", dataclasses.asdict(run.cfg))
     run.barrier()
+    if not script.exists():
+        raise UserError(f"rank {run.rank} does not see {script}: RUNS_DIR must be a folder that all nodes share")
     return script, len(packed)
 
 
@@ -3706,8 +3799,11 @@ def train_command(cfg: Config, launch: Launch, warnings: list[str]) -> None:
         state = pick_weights(run, trainer, val, looping, result)
         artifact = export(run, trainer, state, looping, code, result)
         finish(run, trainer, script, artifact, result)
-    except UserError as error:
-        result["status"] = f"failed: {error}"
+    except BaseException as error:
+        result["status"] = (
+            "interrupted" if isinstance(error, SystemExit) else f"failed: {error or type(error).__name__}"
+        )
+        result |= dict(steps=trainer.step, train_seconds=trainer.seconds)
         raise
     finally:
         if run.main:
@@ -3717,8 +3813,10 @@ def train_command(cfg: Config, launch: Launch, warnings: list[str]) -> None:
 def start(run: Run, trainer: TrainLoop, code: int, result: dict[str, Any]) -> None:
     """Everything before the first step: preflight, the checkpoint, compiling."""
     preflight(run, trainer, code)
-    if run.cfg.resume and (run.folder / "checkpoint.pt").exists():
+    if run.cfg.resume and run.share((run.folder / "checkpoint.pt").exists()):
         trainer.resume()
+    elif run.cfg.resume:
+        run.log(f"resume: {run.folder} has no checkpoint yet, starting at step 0")
     trainer.warm_up()
     result["matmul_flops"] = peak_matmul_flops(run.device)
     run.barrier()
@@ -3756,6 +3854,12 @@ def finish(run: Run, trainer: TrainLoop, script: Path, artifact: Path, result: d
     (run.folder / "DONE").touch()
 
 
+def evidence_folder(path: Path) -> Path:
+    """Where an evaluation writes: beside the artifact, or into a new folder there if one has written before."""
+    again = (path.parent / "eval.json").exists()
+    return path.parent / time.strftime("eval-%Y%m%d-%H%M%S") if again else path.parent
+
+
 def check_shapes(cfg: Config, artifact: Artifact, path: Path) -> None:
     """The artifact's tensors are those of its configuration; asked before any of them is allocated."""
     wanted = {name: list(tensor.shape) for name, tensor in meta_model(cfg).state_dict().items()}
@@ -3780,7 +3884,7 @@ def eval_command(path: Path, env: Mapping[str, str], launch: Launch) -> None:
     own = {field.name for field in dataclasses.fields(Config) if field.metadata["group"] == "model"}
     cfg, _ = read_config({name: text for name, text in env.items() if name.lower() not in own}, base=artifact.config)
     run = Run(cfg, launch)
-    run.open(path.parent)
+    run.open(run.share(evidence_folder(path)))
     val = load_validation(cfg, load_tokenizer(cfg))
     check_shapes(cfg, artifact, path)
     model = build_model(cfg, run)
@@ -3794,8 +3898,8 @@ def eval_command(path: Path, env: Mapping[str, str], launch: Launch) -> None:
         stages[STAGE_NAMES.get(row.label, row.label)] = score.row()
     if run.main:
         if cfg.save_scores:
-            save_scores(path.parent / "scores.npz", score, val, ledger)
-        write_json(path.parent / "eval.json", dict(stages=stages, seconds=time.time() - LAUNCHED))
+            save_scores(run.folder / "scores.npz", score, val, ledger)
+        write_json(run.folder / "eval.json", dict(stages=stages, seconds=time.time() - LAUNCHED))
     run.log(f"total_eval_time:{time.time() - LAUNCHED:.1f}s")
 
 
@@ -4037,15 +4141,21 @@ def audit_limits(a: Audited) -> Iterator[Check]:
     if not a.result:
         yield Check("time", None, "no result.json: training was not timed here")
         return
-    parts = {"start-up": "startup_seconds", "train": "train_seconds", "Hessians": "hessian_seconds",
+    parts = {"start-up": "startup_seconds", "train": "train_seconds", "choose weights": "calibration_seconds",
+             "Hessians": "hessian_seconds",
              "quantize+pack": "quantize_pack_seconds", "evaluate (load, compile)": "eval_seconds"}  # fmt: skip
     ledger = ", ".join(f"{name} {a.result[key]:.1f} s" for name, key in parts.items() if key in a.result)
     clock = a.result["config"]["max_wallclock_seconds"]
-    spent = sum(a.result.get(key, 0.0) for key in ("train_seconds", "hessian_seconds", "quantize_pack_seconds"))
+    spent = sum(
+        a.result.get(key, 0.0) for name, key in parts.items() if name not in ("start-up", "evaluate (load, compile)")
+    )
     official = a.result["world_size"] == 8 and a.result["device"] != "cpu"
     yield Check("training time", spent <= AUDIT_SECONDS if clock or official else None,
                 f"{spent:.1f} s with Hessians, quantization and packing, of {AUDIT_SECONDS:g}"
                 + ("" if clock or official else "; no clock was set, so it is not judged"))  # fmt: skip
+    if "eval_seconds" not in a.result:
+        yield Check("evaluation time", None, "the run's own evaluation did not finish: not timed here")
+        return
     seconds, where = a.result["eval_seconds"], f"{a.result['world_size']}x {a.result['device']}"
     yield Check("evaluation time", seconds <= AUDIT_SECONDS if official else None, f"{seconds:.1f} s of "
                 f"{AUDIT_SECONDS:g}" + ("" if official else f"; on {where}, so it is not judged"))  # fmt: skip

@@ -191,6 +191,11 @@ CONTRADICTIONS = {
     "stride": ({"EVAL_STRIDE": "4096"}, "EVAL_STRIDE"),
     "chunk": ({"TTT_ENABLED": "1", "TTT_CHUNK_TOKENS": "3000"}, "TTT_CHUNK_TOKENS"),
     "short_chunk": ({"TTT_ENABLED": "1", "TTT_CHUNK_TOKENS": "1024"}, "EVAL_SEQ_LEN"),
+    "ttt_stride": (
+        {"TTT_ENABLED": "1", "EVAL_SEQ_LEN": "2040", "EVAL_STRIDE": "64", "TTT_CHUNK_TOKENS": "6400"},
+        "EVAL_STRIDE",
+    ),
+    "average": ({"WEIGHTS": "ema", "EMA_DECAY": "0"}, "EMA_DECAY"),
     "gate": ({"ATTN_GATE_DIMS": "513"}, "ATTN_GATE_DIMS"),
     "reserve": ({"GPTQ_RESERVE_SECONDS": "580"}, "GPTQ_RESERVE_SECONDS"),
     "size": ({"SIZE_TARGET": "17000000"}, "SIZE_TARGET"),

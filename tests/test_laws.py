@@ -156,6 +156,9 @@ class OneOf(tg.Run):
     def sum(self, tensor):
         return tensor
 
+    def vote(self, tensor):
+        return tensor
+
     def share(self, value):
         return value
 
@@ -389,15 +392,19 @@ def test_5_validation_bytes_are_the_documents(validation, corpus):
 
 
 def test_5_sidecar_is_used_and_checked(corpus, tmp_path):
-    """The byte sidecar overrides the table; one of another length is refused."""
-    tokens = tg.read_shard(corpus.folder / "fineweb_val_000000.bin")
+    """The byte sidecar overrides the table; one of another length, or far from the decoded text, is refused."""
     shutil.copy(corpus.folder / "fineweb_val_000000.bin", tmp_path)
     cfg = tiny("record", data_path=str(tmp_path), tokenizer_path=str(corpus.tokenizer))
-    write_shard(tmp_path / "fineweb_val_bytes_000000.bin", np.full(len(tokens), 9))
-    assert int(tg.load_validation(cfg, tg.load_tokenizer(cfg)).nbytes.sum()) == 9 * (len(tokens) - 1)
-    write_shard(tmp_path / "fineweb_val_bytes_000000.bin", np.full(len(tokens) - 1, 9))
-    with pytest.raises(tg.UserError, match="sidecar"):
-        tg.load_validation(cfg, tg.load_tokenizer(cfg))
+    pieces, sidecar = tg.load_tokenizer(cfg), tmp_path / "fineweb_val_bytes_000000.bin"
+    table = tg.load_validation(cfg, pieces).nbytes.numpy()
+    original = np.concatenate([[0], table])
+    original[1] += 1
+    write_shard(sidecar, original)
+    assert int(tg.load_validation(cfg, pieces).nbytes.sum()) == table.sum() + 1
+    for wrong in (original[1:], 2 * original):
+        write_shard(sidecar, wrong)
+        with pytest.raises(tg.UserError, match="sidecar"):
+            tg.load_validation(cfg, pieces)
 
 
 def test_5_a_wrong_byte_table_is_caught(validation, corpus, monkeypatch):
@@ -791,7 +798,7 @@ def test_9_one_authority():
     cfg = tiny("record")
     run = OneOf(cfg, 1, 3)
     run.signal, seen = 15, []
-    run.sum = lambda vote: seen.append(vote.clone()) or vote
+    run.vote = lambda vote: seen.append(vote.clone()) or vote
     assert tg.Clock(run, seconds=9.0).read() == (0.0, 15)
     main = OneOf(cfg, 0, 3)
     assert tg.Clock(main, seconds=9.0).read() == (9.0, 0)
@@ -1177,6 +1184,10 @@ def dense(stored: dict) -> dict:
 @pytest.mark.parametrize("index", range(len(ROWS)))
 def test_12_mechanisms_compose(index, corpus):
     """Law 12: two steps, Hessians, packing, unpacking and every evaluation row, for all pairs of knobs."""
+    if ROWS[index]["weights"] == "ema" and not ROWS[index]["ema_decay"]:
+        with pytest.raises(tg.UserError, match="WEIGHTS=ema"):
+            tiny("record", **ROWS[index], **corpus.knobs())
+        return
     cfg = tiny("record", **ROWS[index], **corpus.knobs())
     trainer = trainer_of(cfg)
     losses = run_steps(trainer, 2, 2)

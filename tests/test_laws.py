@@ -649,6 +649,47 @@ def test_8_resuming_is_exact(variant, corpus, tmp_path):
     assert same(second.state_dict(), whole.state_dict())
 
 
+def test_8_a_finished_run_resumes_with_its_recurrence_on(corpus, tmp_path):
+    """Resuming after the last step takes no step and keeps the loop state that is exported."""
+    cfg = tiny("record", iterations=4, **corpus.knobs())
+    first = trainer_of(cfg, tmp_path)
+    val = tg.load_validation(cfg, tg.load_tokenizer(cfg))
+    assert first.train(0.0, val)["looping"]
+    again = trainer_of(cfg, tmp_path)
+    again.resume()
+    assert again.train(0.0, val)["looping"] and again.step == 4
+
+
+@pytest.mark.parametrize("change", [{"seed": 99}, {"train_shards": 1}])
+def test_8_resuming_with_another_order_of_data_is_refused(change, corpus, tmp_path):
+    """SEED and the shards decide the order of the data; a checkpoint of another order is refused."""
+    first = trainer_of(tiny("record", **corpus.knobs()), tmp_path)
+    assert len(first.stream.shards) > 1
+    first.save()
+    with pytest.raises(tg.UserError, match="RESUME=1"):
+        trainer_of(tiny("record", **corpus.knobs(), **change), tmp_path).resume()
+
+
+def test_10_out_of_memory_halves_the_micro_batch(corpus, monkeypatch):
+    """Warm-up tries smaller micro-batches until one fits, and says so when none does."""
+    cfg = tiny("record", warmup_steps=1, micro_batch_tokens=128, **corpus.knobs())
+    trainer, real = trainer_of(cfg), tg.Trainer.accumulate
+
+    def limited(self, rows, looping):
+        if len(rows) > most:
+            raise torch.OutOfMemoryError("no memory")
+        return real(self, rows, looping)
+
+    monkeypatch.setattr(tg.Trainer, "accumulate", limited)
+    most = 1
+    assert trainer.micro == 4
+    trainer.warm_up()
+    assert trainer.micro == 1
+    most = 0
+    with pytest.raises(tg.UserError, match="does not fit"):
+        trainer.warm_up()
+
+
 def test_8_resuming_with_other_knobs_is_refused(corpus, tmp_path):
     """A checkpoint of another model or schedule is refused by the knob's name."""
     trainer = trainer_of(tiny("record", **corpus.knobs()), tmp_path)

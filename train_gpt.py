@@ -2913,7 +2913,10 @@ def tapped(model: GPT, hessians: dict[str, Tensor]) -> Iterator[None]:
     model.parts, model.ops = PARTS, PLAIN
     model.head_tap = adder("embed" if model.head is None else "head.weight")
     for name, module in maps.items():
-        module.tap = None if name == "head.weight" else adder(name)
+        if re.search(r"\.attn\.[kv]\.weight$|^head\.", name):
+            continue  # k and v read q's input; the head has its own tap
+        shared = [name.replace(".q.", f".{part}.") for part in "qkv"] if ".attn.q." in name else [name]
+        module.tap = adder(*shared)
     try:
         yield
     finally:

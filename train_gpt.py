@@ -559,11 +559,11 @@ def load_tensors(path: Path) -> dict:
 class Run:
     """One process of a run: its rank, device, folder and log. Rank 0 speaks and writes.
 
-    ``folder`` is None for commands that keep nothing (describe, eval of a lone artifact without scores).
+    ``folder`` is None until ``open``: nothing is kept before it.
     """
 
-    def __init__(self, cfg: Config, launch: Launch, log_name: str = "train.log"):
-        self.cfg, self.launch, self.log_name = cfg, launch, log_name
+    def __init__(self, cfg: Config, launch: Launch):
+        self.cfg, self.launch = cfg, launch
         self.rank, self.world_size = launch.rank, launch.world_size
         self.device = self._pick_device()
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
@@ -613,7 +613,7 @@ class Run:
             return
         if console:
             print(line, flush=True)
-        self._append(self.log_name, line)
+        self._append("train.log", line)
 
     def event(self, kind: str, **fields: Any) -> None:
         """One JSON object to metrics.jsonl. Rank 0 only."""
@@ -1001,6 +1001,11 @@ class TrainStream:
         return torch.from_numpy(rows)
 
 
+def shifted(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Sequences [n, T+1] -> inputs and targets, int64 [n, T] each."""
+    return rows[:, :-1].long().contiguous(), rows[:, 1:].long().contiguous()
+
+
 class Prefetcher:
     """Reads the next step's sequences on a thread, into pinned memory, while the device works on this step's."""
 
@@ -1083,10 +1088,13 @@ def linear(name: str, fan_in: int, fan_out: int, init: str = "orthogonal", kind:
 # ######################################################################################################################
 
 
+EPS = torch.finfo(torch.float32).eps
+
+
 def norm(x: Tensor) -> Tensor:
     """Root-mean-square norm over the last axis, no gain; computed in fp32, returned in the input's type."""
     wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps)).to(x.dtype)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)).to(x.dtype)
 
 
 @functools.lru_cache(maxsize=16)
@@ -1248,7 +1256,6 @@ LAUNCH: dict[str, dict] = {
     "exclude": dict(ROWS=32, num_warps=4),
     "exclude_grad": dict(ROWS=16, num_warps=4),
 }
-EPS = torch.finfo(torch.float32).eps
 
 
 @functools.lru_cache(maxsize=8)
@@ -2595,8 +2602,83 @@ def micro_sequences(cfg: Config, run: Run) -> int:
     return share // even[0] if even else -(-share // pieces)
 
 
+class Meter:
+    """Loss, speed and time of the steps, read one step late so that the device need not wait for the host.
+
+    The loss is checked here: a step whose loss or gradient norm is not finite ends the run.
+    """
+
+    def __init__(self, trainer: Trainer, peak: float):
+        self.trainer, self.run, self.cfg, self.peak = trainer, trainer.run, trainer.cfg, peak
+        self.pending: tuple | None = None
+        self.mark: tuple[float, bool] | None = None  # (seconds, loop state) of the step read last
+        self.speed: dict[bool, list[float]] = {False: [], True: []}  # tokens a second of every step
+
+    def push(self, step: int, looping: bool, loss: Tensor, norm_: Tensor) -> None:
+        """Hand in a step just launched; reads the one before it, which has finished or is about to."""
+        event = None
+        values = torch.stack([loss, norm_])
+        if self.run.device.type == "cuda":
+            values = values.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        pending, self.pending = self.pending, (step, looping, values, event)
+        if pending:
+            self._read(*pending)
+
+    def flush(self) -> None:
+        if self.pending:
+            self._read(*self.pending)
+            self.pending = None
+
+    def _read(self, step: int, looping: bool, values: Tensor, event: Any) -> None:
+        if event is not None:
+            event.synchronize()
+        loss, norm_ = values.tolist()
+        if not (math.isfinite(loss) and math.isfinite(norm_)):
+            raise NonFiniteLoss(f"step {step}: loss {loss}, gradient norm {norm_}; lower the learning rates")
+        seconds = self.trainer.clock.now()
+        if self.mark and self.mark[1] == looping:
+            self.speed[looping].append(self.cfg.train_batch_tokens / max(seconds - self.mark[0], 1e-9))
+        self.mark = (seconds, looping)
+        if step <= 5 or step % self.cfg.train_log_every == 0 or step == self.cfg.iterations:
+            self._log(step, looping, loss, norm_, seconds)
+
+    def _log(self, step: int, looping: bool, loss: float, norm_: float, seconds: float) -> None:
+        average = step * self.cfg.train_batch_tokens / max(seconds, 1e-9)
+        line = (
+            f"{step}/{self.cfg.iterations} train_loss: {loss:.4f} train_time: {seconds / 60:.1f}m tok/s: {average:.0f}"
+        )
+        if recent := self.speed[looping][-20:]:
+            now = float(np.median(recent))
+            line += f" now: {now:.0f}" + (f" mfu: {self.mfu(now, looping):.3f}" if self.peak else "")
+        self.run.log(f"{line} eta: {self.trainer.seconds_left(step, seconds):.0f}s")
+        self.run.event("train", step=step, loss=loss, grad_norm=norm_, looping=looping, seconds=seconds,
+                       tokens_per_second=average)  # fmt: skip
+
+    def mfu(self, tokens_per_second: float, looping: bool) -> float:
+        """Model FLOP/s over the card's measured 8192^3 rate, per GPU."""
+        return tokens_per_second * flops_per_token(self.cfg, looping) / self.peak / self.run.world_size
+
+    def summary(self) -> dict[str, Any]:
+        """Median tokens/s and MFU before and after the loop switch, and the MFU of the steps together."""
+        out: dict[str, Any] = {}
+        rates = [(flops_per_token(self.cfg, looping), v) for looping, values in self.speed.items() for v in values]
+        if rates and self.peak:
+            spent = sum(1 / speed for _, speed in rates)
+            out["mfu"] = sum(flops for flops, _ in rates) / spent / self.peak / self.run.world_size
+        for looping, values in self.speed.items():
+            if values:
+                state = "loop_on" if looping else "loop_off"
+                middle = float(np.median(values))
+                out[f"tokens_per_second_{state}"] = middle
+                if self.peak:
+                    out[f"mfu_{state}"] = self.mfu(middle, looping)
+        return out
+
+
 class Trainer:
-    """Model, optimizers, average and data of a run, and the step that moves them."""
+    """Model, optimizers, averages and data of a run, the step that moves them, and the loop around the step."""
 
     def __init__(self, run: Run):
         self.run, self.cfg = run, run.cfg
@@ -2615,8 +2697,7 @@ class Trainer:
         """Forward and backward of this rank's sequences [n, T+1]; returns its share of the step's mean loss."""
         total = torch.zeros((), device=rows.device)
         for part in rows.split(self.micro):
-            ids, targets = part[:, :-1].long(), part[:, 1:].long()
-            loss = self.model(ids.contiguous(), targets.contiguous(), looping).sum() / self.cfg.train_batch_tokens
+            loss = self.model(*shifted(part), looping).sum() / self.cfg.train_batch_tokens
             loss.backward()
             total += loss.detach()
         return total
@@ -2710,89 +2791,10 @@ class Trainer:
         self.saved = self.step
         self.run.log(f"resume: step {self.step} after {self.seconds:.1f} s of training")
 
-
-class Meter:
-    """Loss, speed and time of the steps, read one step late so that the device need not wait for the host.
-
-    The loss is checked here: a step whose loss or gradient norm is not finite ends the run.
-    """
-
-    def __init__(self, trainer: Trainer, peak: float):
-        self.trainer, self.run, self.cfg, self.peak = trainer, trainer.run, trainer.cfg, peak
-        self.pending: tuple | None = None
-        self.mark: tuple[float, bool] | None = None  # (seconds, loop state) of the step read last
-        self.speed: dict[bool, list[float]] = {False: [], True: []}  # tokens a second of every step
-
-    def push(self, step: int, looping: bool, loss: Tensor, norm_: Tensor) -> None:
-        """Hand in a step just launched; reads the one before it, which has finished or is about to."""
-        event = None
-        values = torch.stack([loss, norm_])
-        if self.run.device.type == "cuda":
-            values = values.to("cpu", non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        pending, self.pending = self.pending, (step, looping, values, event)
-        if pending:
-            self._read(*pending)
-
-    def flush(self) -> None:
-        if self.pending:
-            self._read(*self.pending)
-            self.pending = None
-
-    def _read(self, step: int, looping: bool, values: Tensor, event: Any) -> None:
-        if event is not None:
-            event.synchronize()
-        loss, norm_ = values.tolist()
-        if not (math.isfinite(loss) and math.isfinite(norm_)):
-            raise NonFiniteLoss(f"step {step}: loss {loss}, gradient norm {norm_}; lower the learning rates")
-        seconds = self.trainer.clock.now()
-        if self.mark and self.mark[1] == looping:
-            self.speed[looping].append(self.cfg.train_batch_tokens / max(seconds - self.mark[0], 1e-9))
-        self.mark = (seconds, looping)
-        if step <= 5 or step % self.cfg.train_log_every == 0 or step == self.cfg.iterations:
-            self._log(step, looping, loss, norm_, seconds)
-
-    def _log(self, step: int, looping: bool, loss: float, norm_: float, seconds: float) -> None:
-        average = step * self.cfg.train_batch_tokens / max(seconds, 1e-9)
-        line = (
-            f"{step}/{self.cfg.iterations} train_loss: {loss:.4f} train_time: {seconds / 60:.1f}m tok/s: {average:.0f}"
-        )
-        if recent := self.speed[looping][-20:]:
-            now = float(np.median(recent))
-            line += f" now: {now:.0f}" + (f" mfu: {self.mfu(now, looping):.3f}" if self.peak else "")
-        self.run.log(f"{line} eta: {self.trainer.seconds_left(step, seconds):.0f}s")
-        self.run.event("train", step=step, loss=loss, grad_norm=norm_, looping=looping, seconds=seconds,
-                       tokens_per_second=average)  # fmt: skip
-
-    def mfu(self, tokens_per_second: float, looping: bool) -> float:
-        """Model FLOP/s over the card's measured 8192^3 rate, per GPU."""
-        return tokens_per_second * flops_per_token(self.cfg, looping) / self.peak / self.run.world_size
-
-    def summary(self) -> dict[str, Any]:
-        """Median tokens/s and MFU before and after the loop switch, and the MFU of the steps together."""
-        out: dict[str, Any] = {}
-        rates = [(flops_per_token(self.cfg, looping), v) for looping, values in self.speed.items() for v in values]
-        if rates and self.peak:
-            spent = sum(1 / speed for _, speed in rates)
-            out["mfu"] = sum(flops for flops, _ in rates) / spent / self.peak / self.run.world_size
-        for looping, values in self.speed.items():
-            if values:
-                state = "loop_on" if looping else "loop_off"
-                middle = float(np.median(values))
-                out[f"tokens_per_second_{state}"] = middle
-                if self.peak:
-                    out[f"mfu_{state}"] = self.mfu(middle, looping)
-        return out
-
-
-class TrainLoop(Trainer):
-    """The loop around the step: clock, validation, checkpoints, signals."""
-
     def train(self, peak: float, val: ValStream) -> dict[str, Any]:
         """Train until the clock or ITERATIONS is spent. Returns what was measured; raises SystemExit on a signal."""
         run, cfg = self.run, self.cfg
-        self.clock, self.meter = Clock(run, self.seconds), None
+        self.clock = Clock(run, self.seconds)
         self.meter = meter = Meter(self, peak)
         batches = Prefetcher(run, self.stream, self.step)
         written = time.perf_counter()
@@ -2812,7 +2814,7 @@ class TrainLoop(Trainer):
                     self._off_the_clock(self.save)
                     written = time.perf_counter()
                 if cfg.val_loss_every and self.step % cfg.val_loss_every == 0 and self.step < cfg.iterations:
-                    self._off_the_clock(lambda: self._validate(val, self.looping))
+                    self._off_the_clock(lambda: self._validate(val))
             meter.flush()
         finally:
             batches.close()
@@ -2858,8 +2860,8 @@ class TrainLoop(Trainer):
         self.clock.start()
         self.meter.mark = None
 
-    def _validate(self, val: ValStream, looping: bool) -> None:
-        score = evaluate(self.run, self.model, val, plain_windows(val.targets, self.cfg.eval_seq_len), looping)
+    def _validate(self, val: ValStream) -> None:
+        score = evaluate(self.run, self.model, val, plain_windows(val.targets, self.cfg.eval_seq_len), self.looping)
         self.run.log(f"{self.step}/{self.cfg.iterations} val_loss: {score.val_loss:.4f} val_bpb: {score.val_bpb:.4f}")
         self.run.event("val", step=self.step, **score.row())
 
@@ -3218,38 +3220,37 @@ def fit(cfg: Config, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor]
     All steps share one multiplier 2^x. Away from clipping a weight's entropy falls by one bit an octave, so x follows
     by a secant from the size just packed; the first guess comes from the order-0 entropy, which needs no coder.
     """
-    target = cfg.size_target - code
-    weights = sum(t.numel() for name, t in state.items() if owner(name, TENSOR_PLAN).codec == "int")
-    x, best, packs, tried = 0.0, None, 0, []
     if not cfg.size_target:
         stored = quantize(cfg, state, hessians)
         return Export(pack(cfg, stored, looping), stored, 1.0, 1)
+
+    def bounded(x: float) -> float:
+        return min(max(x, COARSE_RANGE[0]), COARSE_RANGE[1])
+
+    target = cfg.size_target - code
+    weights = sum(t.numel() for name, t in state.items() if owner(name, TENSOR_PLAN).codec == "int")
+    x, best, tried = 0.0, None, []
     for _ in range(2):
         octaves = (1.012 * entropy_bytes(quantize(cfg, state, hessians, 2**x)) - target + 5000) * 8 / weights
-        x = min(max(x + octaves, COARSE_RANGE[0]), COARSE_RANGE[1])
-    while packs < 6:
-        x = COARSE_RANGE[1] if packs == 5 and best is None else x
+        x = bounded(x + octaves)
+    while len(tried) < 5 or (best is None and len(tried) < 6):
+        x = COARSE_RANGE[1] if len(tried) == 5 else x  # nothing has fitted: the last word
         stored = quantize(cfg, state, hessians, 2**x)
-        blob, packs = pack(cfg, stored, looping), packs + 1
+        blob = pack(cfg, stored, looping)
         tried.append((x, len(blob)))
         if len(blob) <= target and (best is None or len(blob) > len(best.blob)):
-            best = Export(blob, stored, 2**x, packs)
-        if (
-            packs >= 5
-            and best is not None
-            or target - 10000 <= len(blob) <= target
-            or (x == COARSE_RANGE[0] and len(blob) <= target)
-        ):
+            best = Export(blob, stored, 2**x, len(tried))
+        if len(blob) <= target and (len(blob) >= target - 10000 or x == COARSE_RANGE[0]):
             break
         slope = -weights / 8
         if len(tried) > 1 and tried[-1][0] != tried[-2][0]:
             slope = min(-weights / 80, (tried[-1][1] - tried[-2][1]) / (tried[-1][0] - tried[-2][0]))
-        x = min(max(x + (target - 4000 - len(blob)) / slope, COARSE_RANGE[0]), COARSE_RANGE[1])
+        x = bounded(x + (target - 4000 - len(blob)) / slope)
     if best is None:
         raise OverBudget(
             f"the artifact takes {len(blob)} bytes at the coarsest steps, {target} are left; shrink the model"
         )
-    return best._replace(packs=packs)
+    return best._replace(packs=len(tried))
 
 
 STUB = "# packed by train_gpt.py pack\n"
@@ -3438,7 +3439,7 @@ class TestTimeTrainer:
         mine = rows[share.start : share.stop]
         self.sgd.zero_grad(set_to_none=False)
         if len(mine):
-            nats = self.model(mine[:, :-1].contiguous(), mine[:, 1:].contiguous(), self.looping)
+            nats = self.model(*shifted(mine), self.looping)
             (nats.sum() / (len(rows) * self.cfg.eval_seq_len)).backward()
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
         if self.run.world_size > 1:
@@ -3627,7 +3628,7 @@ def preflight(run: Run, trainer: Trainer, code: int) -> None:
     state = {n: t.cpu() + 1e-3 * torch.randn(t.shape, generator=noise) * (t.dim() > 1) for n, t in state.items()}
     stored = quantize(cfg, state, {})
     back = unpack(pack(cfg, stored, cfg.loops, quick=True)).state()
-    for name, tensor in Artifact({}, False, {n: to_cpu(v) for n, v in stored.items()}).state().items():
+    for name, tensor in Artifact({}, False, stored).state().items():
         if not torch.equal(tensor, back[name]):
             raise UserError(f"preflight: {name} does not survive packing; this is a bug, please report it")
     least = entropy_bytes(quantize(cfg, state, {}, 2 ** COARSE_RANGE[1] if cfg.size_target else 1.0))
@@ -3636,22 +3637,20 @@ def preflight(run: Run, trainer: Trainer, code: int) -> None:
     run.log(f"preflight: packs and unpacks; code {code} bytes, at least {least + code:.0f} of {cfg.size_limit} in all")
 
 
-def to_cpu(value: Any) -> Any:
-    return Quantized(value.q.cpu(), value.scale.cpu()) if isinstance(value, Quantized) else value.cpu()
-
-
-def pick_weights(run: Run, trainer: TrainLoop, val: ValStream, looping: bool, result: dict) -> dict[str, Tensor]:
+def pick_weights(
+    run: Run, trainer: Trainer, val: ValStream, rows: Tensor, looping: bool, result: dict
+) -> dict[str, Tensor]:
     """Score raw weights and their best average, and return those to export: WEIGHTS, or the better of the two.
 
-    "Best" is on training windows that no step has seen (where text is plentiful), never on validation.
+    "Best" is on ``rows`` [n, T+1], training windows that no step has seen (where text is plentiful), never on
+    validation.
     """
     cfg, model = run.cfg, trainer.model
     raw = {name: param.detach().clone() for name, param in model.named_parameters()}
-    held_out = calibration_rows(trainer)
 
     def calibrate(state: dict[str, Tensor]) -> float:
         with swapped(model, state):
-            return mean_loss(run, model, held_out, looping)
+            return mean_loss(run, model, rows, looping)
 
     candidates = {"raw": raw}
     with stopwatch(run) as seconds:
@@ -3691,19 +3690,20 @@ def mean_loss(run: Run, model: GPT, rows: Tensor, looping: bool) -> float:
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     share = run.split(len(rows))
     for part in rows[share.start : share.stop].split(max(1, 32768 // rows.shape[1])):
-        part = part.to(run.device).long()
-        total += model(part[:, :-1].contiguous(), part[:, 1:].contiguous(), looping).double().sum()
+        total += model(*shifted(part.to(run.device)), looping).double().sum()
     return float(run.sum(total)) / (len(rows) * (rows.shape[1] - 1))
 
 
-def export(run: Run, trainer: TrainLoop, state: dict[str, Tensor], looping: bool, code: int, result: dict) -> Path:
+def export(
+    run: Run, trainer: Trainer, state: dict[str, Tensor], rows: Tensor, looping: bool, code: int, result: dict
+) -> Path:
     """Hessians, quantization, packing: writes final_model.ptz and returns its path. Raises OverBudget."""
     cfg, path = run.cfg, run.folder / "final_model.ptz"
     hessians: dict[str, Tensor] = {}
     if cfg.gptq:
         run.log("GPTQ:collecting Hessians from calibration data...")
         with stopwatch(run) as seconds, swapped(trainer.model, state):
-            hessians = collect_hessians(run, trainer.model, calibration_rows(trainer), looping)
+            hessians = collect_hessians(run, trainer.model, rows, looping)
             result["hessian_seconds"] = seconds()
         run.log(f"GPTQ:collected {len(hessians)} Hessians in {result['hessian_seconds']:.1f}s")
     if run.main:
@@ -3768,12 +3768,13 @@ def setup_folder(run: Run) -> tuple[Path, int]:
     """Open the run folder, keep the script that runs and its packed form. Returns (packed script, its bytes)."""
     run.open(Path(run.cfg.runs_dir) / run.cfg.run_id)
     script = run.folder / "train_gpt_packed.py"
-    packed = packed_script(script_source())
+    source = script_source()
+    packed = packed_script(source)
     if run.main:
         stale = ["DONE", "eval.json", "scores.npz", "audit.txt"] + ([] if run.cfg.resume else ["checkpoint.pt"])
         for name in stale:
             (run.folder / name).unlink(missing_ok=True)
-        atomic_write(run.folder / "train_gpt.py", script_source().encode())
+        atomic_write(run.folder / "train_gpt.py", source.encode())
         atomic_write(script, packed)
         write_json(run.folder / "config.json", dataclasses.asdict(run.cfg))
     run.barrier()
@@ -3791,7 +3792,7 @@ def train_command(cfg: Config, launch: Launch, warnings: list[str]) -> None:
         run.log(f"warning: {line}")
     prepare_demo(cfg, run)
     val = load_validation(cfg, load_tokenizer(cfg))
-    trainer = TrainLoop(run)
+    trainer = Trainer(run)
     result: dict[str, Any] = dict(
         run_id=cfg.run_id, preset=cfg.preset, seed=cfg.seed, world_size=run.world_size, torch_version=torch.__version__,
         device=torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu", git_sha=git_sha(),
@@ -3801,8 +3802,9 @@ def train_command(cfg: Config, launch: Launch, warnings: list[str]) -> None:
     try:
         start(run, trainer, code, result)
         looping = measured_training(run, trainer, val, result)
-        state = pick_weights(run, trainer, val, looping, result)
-        artifact = export(run, trainer, state, looping, code, result)
+        rows = calibration_rows(trainer)
+        state = pick_weights(run, trainer, val, rows, looping, result)
+        artifact = export(run, trainer, state, rows, looping, code, result)
         finish(run, trainer, script, artifact, result)
     except BaseException as error:
         result["status"] = (
@@ -3813,9 +3815,11 @@ def train_command(cfg: Config, launch: Launch, warnings: list[str]) -> None:
     finally:
         if run.main:
             write_json(run.folder / "result.json", result)
+    if run.main:
+        (run.folder / "DONE").touch()
 
 
-def start(run: Run, trainer: TrainLoop, code: int, result: dict[str, Any]) -> None:
+def start(run: Run, trainer: Trainer, code: int, result: dict[str, Any]) -> None:
     """Everything before the first step: preflight, the checkpoint, compiling."""
     preflight(run, trainer, code)
     if run.cfg.resume and run.share((run.folder / "checkpoint.pt").exists()):
@@ -3829,7 +3833,7 @@ def start(run: Run, trainer: TrainLoop, code: int, result: dict[str, Any]) -> No
     run.log(f"startup: {result['startup_seconds']:.1f}s from launch to the first step")
 
 
-def measured_training(run: Run, trainer: TrainLoop, val: ValStream, result: dict[str, Any]) -> bool:
+def measured_training(run: Run, trainer: Trainer, val: ValStream, result: dict[str, Any]) -> bool:
     """Train, and write down what it took. Returns the loop state that training ended in."""
     with run.watching_signals():
         trained = trainer.train(result["matmul_flops"], val)
@@ -3842,8 +3846,8 @@ def measured_training(run: Run, trainer: TrainLoop, val: ValStream, result: dict
     return trained["looping"]
 
 
-def finish(run: Run, trainer: TrainLoop, script: Path, artifact: Path, result: dict[str, Any]) -> None:
-    """Free the device, score the packed file, write result.json and the table."""
+def finish(run: Run, trainer: Trainer, script: Path, artifact: Path, result: dict[str, Any]) -> None:
+    """Free the device, score the packed file, print the table."""
     params = sum(p.numel() for p in trainer.model.parameters())
     trainer.release()
     with stopwatch(run) as seconds:
@@ -3856,7 +3860,6 @@ def finish(run: Run, trainer: TrainLoop, script: Path, artifact: Path, result: d
     total = result["total_bytes"]
     sizes = {"float": 4 * params} | {name: total for name in scored["stages"]}
     run.log(stage_table(result["stages"], sizes))
-    (run.folder / "DONE").touch()
 
 
 def evidence_folder(path: Path) -> Path:

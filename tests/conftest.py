@@ -201,12 +201,12 @@ def validation(corpus) -> tg.ValStream:
     return tg.load_validation(cfg, tg.load_tokenizer(cfg))
 
 
-def trainer_of(cfg: tg.Config, folder: Path | None = None) -> tg.TrainLoop:
+def trainer_of(cfg: tg.Config, folder: Path | None = None) -> tg.Trainer:
     """A trainer, in a run folder if one is given."""
     run = single(cfg)
     if folder is not None:
         run.open(folder)
-    return tg.TrainLoop(run)
+    return tg.Trainer(run)
 
 
 def run_steps(trainer: tg.Trainer, steps: int, of: int) -> list[float]:

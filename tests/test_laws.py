@@ -784,7 +784,7 @@ def test_9_looping_switches_once():
     assert not tg.looping_at(tiny("naive"), 1.0)
 
 
-def clocked_run(cfg, monkeypatch, folder, seconds_a_step) -> tuple[tg.TrainLoop, dict, list]:
+def clocked_run(cfg, monkeypatch, folder, seconds_a_step) -> tuple[tg.Trainer, dict, list]:
     """Train with a fake clock; returns the trainer, what it measured, and (fraction, looping) of every step."""
     clock, trainer, seen = FakeTime(), trainer_of(cfg, folder), []
     monkeypatch.setattr(tg, "time", clock)

@@ -152,6 +152,12 @@ class Config:
     attn_gate: str = knob("model", "none", "gate on each head's output", choices=("none", "sparse"))
     attn_gate_dims: int = knob("model", 12, "input dimensions that the sparse gate and SmearGate read", lo=1)
     smear_gate: bool = knob("model", False, "SmearGate: add a gated copy of the preceding token's embedding")
+    bigram_vocab_size: int = knob("model", 0, "BigramHash: buckets of each hash table; 0: none", lo=0, hi=1 << 20)
+    bigram_dim: int = knob("model", 112, "width of the BigramHash tables", lo=1)
+    bigram_hashes: int = knob("model", 1, "BigramHash tables, each with its own hash", lo=1, hi=4)
+    bigram_scale_init: float = knob("model", 0.05, "start of BigramHash's scale")
+    ve_layers: str = knob("model", "", "layers, with commas, whose values get the value embedding; empty: none")
+    ve_dim: int = knob("model", 128, "width of the value embedding's table", lo=1)
     ln_scale: bool = knob("model", True, "scale the input of layer l by 1/sqrt(l+1)")
     resid_mix: bool = knob("model", True, "each layer starts from a learned mix of the stream and the embedding")
     skip_kind: str = knob("model", "gated", "U-Net skips from the first half of the layers to the second",
@@ -193,6 +199,7 @@ class Config:
     muon_backend_steps: int = knob("train", 5, "Newton-Schulz iterations", lo=1, hi=12)
     muon_coefficients: str = knob("train", "quintic", "polynomials of the iteration", choices=("quintic", "polar"))
     muon_row_normalize: bool = knob("train", True, "unit rows before the orthogonalization (MuonEq-R)")
+    muon_beta2: float = knob("train", 0.0, "NorMuon: memory of each row's update size; 0: off", lo=0, hi=0.9999)
     grad_clip_norm: float = knob("train", 0.3, "global gradient norm; 0: no clipping", lo=0)
     ema_decay: float = knob("train", 0.9965, "longest memory of the weight average; 0: no average", lo=0, hi=1)
     ema_window_fracs: str = knob("train", "0.005,0.06", "memories of the averages kept, over the steps done so far")
@@ -252,7 +259,13 @@ PR1783 = dict(
 
 PRESETS: dict[str, Preset] = {
     "record": Preset(
-        "our best: so far pr1783's stack; nothing else has measured better in a token sprint (README)", {**PR1783}
+        "our best, tuned in token sprints (README): pr1783 with layers 3-5 run three times from the first step on, "
+        "SmearGate, sparse attention gates, Polar Express, a higher learning rate and less momentum",
+        {
+            **PR1783,
+            **dict(num_loops=2, enable_looping_at=0.0, smear_gate=True, attn_gate="sparse"),
+            **dict(lr_warmup_steps=10, matrix_lr=0.05, muon_momentum=0.95, muon_coefficients="polar"),
+        },
     ),
     "pr1783": Preset(
         "main stack of PR #1783: 11 layers, 3-5 run four times. Mended: XSA is back, rotary tables in fp32, fixed skip "
@@ -2007,10 +2020,15 @@ class Attention(nn.Module):
         self.v = linear(f"{name}.v", width, kv)
         self.proj = linear(f"{name}.proj", width, width, init="zero")
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
+        self.value_mix = nn.Parameter(torch.ones(())) if layer.values else None
         self.stages = nn.ModuleList(HEAD_STAGES[stage](cfg, f"{name}.{stage}") for stage in layer.head_stages)
 
-    def forward(self, x: Tensor, rope, docs: Tensor | None, scale_in: Tensor, scale_out: Tensor, ops: Ops) -> Tensor:
+    def forward(
+        self, x: Tensor, rope, docs: Tensor | None, scale_in: Tensor, scale_out: Tensor, ops: Ops, values: Tensor | None
+    ) -> Tensor:
         qkv = apply_maps(x, (self.q, self.k, self.v), scale_in)
+        if values is not None:
+            qkv = qkv + F.pad((self.value_mix * values).to(qkv.dtype), (qkv.shape[-1] - values.shape[-1], 0))
         q, k, v, own = ops.qk_rope(qkv, self.q_gain, *rope, self.head_dim)
         y = attend(q, k, v, docs, self.backend)
         for stage in self.stages:
@@ -2043,6 +2061,15 @@ class LayerSpec(NamedTuple):
     residual: str
     head_stages: tuple[str, ...]
     scale: float
+    values: bool  # whether its values get the value embedding
+
+
+def layer_list(cfg: Config) -> tuple[int, ...]:
+    """VE_LAYERS as numbers; UserError where one is no layer."""
+    parts = [part.strip() for part in cfg.ve_layers.split(",") if part.strip()]
+    if not all(part.isdigit() and int(part) < cfg.num_layers for part in parts):
+        raise UserError(f"VE_LAYERS={cfg.ve_layers!r} must be layers below NUM_LAYERS={cfg.num_layers}, with commas")
+    return tuple(map(int, parts))
 
 
 def layer_table(cfg: Config) -> list[LayerSpec]:
@@ -2056,6 +2083,7 @@ def layer_table(cfg: Config) -> list[LayerSpec]:
                 residual="parallel" if parallel else "sequential",
                 head_stages=tuple(stage for stage, used in stages if used),
                 scale=1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0,
+                values=layer in layer_list(cfg),
             )
         )
     return rows
@@ -2079,21 +2107,24 @@ class Block(nn.Module):
         self.residual = layer.residual
         self.register_buffer("scale", torch.tensor(layer.scale), persistent=False)
 
-    def forward(self, x: Tensor, x0: Tensor, rope, docs: Tensor | None, ops: Ops) -> Tensor:
-        """x, x0 [B, T, D] -> [B, T, D]."""
+    def forward(self, x: Tensor, x0: Tensor, rope, docs: Tensor | None, ops: Ops, values: Tensor | None) -> Tensor:
+        """x, x0 [B, T, D], values [B, T, G K] -> [B, T, D]."""
         u, n = (x, norm(x)) if self.resid_mix is None else ops.mix_norm(x, x0, *self.resid_mix)
-        return RESIDUALS[self.residual](self, u, n, rope, docs, ops)
+        attention = functools.partial(
+            self.attn, rope=rope, docs=docs, scale_in=self.scale, scale_out=self.attn_scale, ops=ops, values=values
+        )
+        return RESIDUALS[self.residual](self, u, n, attention, ops)
 
 
-def sequential(block: Block, u: Tensor, n: Tensor, rope, docs: Tensor | None, ops: Ops) -> Tensor:
+def sequential(block: Block, u: Tensor, n: Tensor, attention: Callable[[Tensor], Tensor], ops: Ops) -> Tensor:
     """Attention, then the MLP on its sum with the stream."""
-    h, n = ops.add_norm(u, block.attn(n, rope, docs, block.scale, block.attn_scale, ops))
+    h, n = ops.add_norm(u, attention(n))
     return h + block.mlp(n, block.scale, block.mlp_scale, ops)
 
 
-def parallel(block: Block, u: Tensor, n: Tensor, rope, docs: Tensor | None, ops: Ops) -> Tensor:
+def parallel(block: Block, u: Tensor, n: Tensor, attention: Callable[[Tensor], Tensor], ops: Ops) -> Tensor:
     """GPT-J's form: both branches read the same input (challenge PR #1204: -0.002 to -0.003 bpb)."""
-    h = u + block.attn(n, rope, docs, block.scale, block.attn_scale, ops)
+    h = u + attention(n)
     return h + block.mlp(n, block.scale, block.mlp_scale, ops)
 
 
@@ -2117,14 +2148,63 @@ class SmearGate(nn.Module):
         return e + F.pad((self.smear_scale * gate * inside * e[:, :-1]).to(e.dtype), (0, 0, 1, 0))
 
 
-class NoMixer(nn.Module):
-    """The embedding as it is."""
+class BigramHash(nn.Module):
+    """e_t + s P sum_j U_j[h_j(t)], h_j a hash of the token and the one before it (PR #1435; several hashes: ours).
+
+    h_j(t) = (a_j id_t xor b_j id_{t-1}) mod (K - 1); a document's first token has the bucket K - 1. Tables U start at
+    zero, so it starts as the identity; the projection P does not, so gradients reach U.
+    """
+
+    FACTORS = ((36313, 27191), (28657, 39119), (31337, 46337), (25097, 33331))
 
     def __init__(self, cfg: Config):
         super().__init__()
+        self.buckets, self.hashes = cfg.bigram_vocab_size, cfg.bigram_hashes
+        self.table = nn.Parameter(torch.zeros(self.hashes * self.buckets, cfg.bigram_dim))
+        self.proj = linear("mixers.bigram.proj", cfg.bigram_dim, cfg.model_dim)
+        self.bigram_scale = nn.Parameter(torch.tensor(cfg.bigram_scale_init))
+
+    def bucket(self, ids: Tensor, which: int) -> Tensor:
+        """Rows of the table: int64 [B, T] -> [B, T]."""
+        a, b = self.FACTORS[which]
+        mixed = torch.bitwise_xor(ids * a, F.pad(ids[:, :-1], (1, 0)) * b) % (self.buckets - 1)
+        first = (ids == BOS) | (torch.arange(ids.shape[1], device=ids.device) == 0)
+        return torch.where(first, self.buckets - 1, mixed) + which * self.buckets
 
     def forward(self, e: Tensor, ids: Tensor) -> Tensor:
-        return e
+        found = sum(F.embedding(self.bucket(ids, j), self.table) for j in range(self.hashes))
+        return e + (self.bigram_scale * self.proj(found.to(e.dtype))).to(e.dtype)
+
+
+class Mixer(NamedTuple):
+    """A change of the embeddings by their neighbours: (e [B, T, D], ids [B, T]) -> e."""
+
+    wanted: Callable[[Config], bool]
+    make: Callable[[Config], nn.Module]
+
+
+# applied in this order
+MIXERS = {
+    "bigram": Mixer(lambda cfg: cfg.bigram_vocab_size > 0, BigramHash),
+    "smear": Mixer(lambda cfg: cfg.smear_gate, SmearGate),
+}
+
+
+class ValueEmbedding(nn.Module):
+    """A second embedding of each token, for the values of some layers: 0.1 P T[id] (PR #1435, one table for all).
+
+    [B, T] -> [B, T, G K], added to v with a learned scale a layer. T starts small and P orthogonal: not transparent,
+    because a product of two zeros would never learn.
+    """
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(cfg.vocab_size, cfg.ve_dim).normal_(std=0.01))
+        self.proj = linear("values.proj", cfg.ve_dim, cfg.num_kv_heads * cfg.head_dim)
+        self.value_scale = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        return (self.value_scale * self.proj(F.embedding(ids, self.table).to(dtype))).to(dtype)
 
 
 class GatedSkip(nn.Module):
@@ -2236,7 +2316,8 @@ class GPT(nn.Module):
         backend = select_attention(cfg, device)
         self.embed = nn.Parameter(torch.empty(cfg.vocab_size, cfg.model_dim).normal_(std=cfg.tied_embed_init_std))
         self.head = None if cfg.tie_embeddings else linear("head", cfg.model_dim, cfg.vocab_size, init="zero")
-        self.mixer = SmearGate(cfg) if cfg.smear_gate else NoMixer(cfg)
+        self.mixers = nn.ModuleDict({name: row.make(cfg) for name, row in MIXERS.items() if row.wanted(cfg)})
+        self.values = ValueEmbedding(cfg) if cfg.ve_layers else None
         layers = enumerate(layer_table(cfg))
         self.blocks = nn.ModuleList(Block(cfg, layer, f"blocks.{i}", backend) for i, layer in layers)
         self.skips = nn.ModuleDict({f"{s}_{d}": SKIPS[cfg.skip_kind](cfg) for d, s in skip_pairs(cfg).items()})
@@ -2260,11 +2341,14 @@ class GPT(nn.Module):
         rope = rotary_table(length, cfg.rope_dims or cfg.head_dim, cfg.rope_base, cfg.train_seq_len, ids.device)
         docs = (ids == BOS).cumsum(1) if cfg.pack_docs else None
         x = x0 = self.parts["embed"](self, ids)
+        values = None if self.values is None else self.parts["values"](self.values, ids, self.dtype)
         kept: dict[int, Tensor] = {}
         for visit in self.schedules[looping]:
             if visit.skip_from is not None:
                 x = self.parts["skip"](self.skips[f"{visit.skip_from}_{visit.layer}"], x, kept.pop(visit.skip_from))
-            x = self.parts["block"](self.blocks[visit.layer], x, x0, rope, docs, self.ops)
+            block = self.blocks[visit.layer]
+            own = values if block.attn.value_mix is not None else None
+            x = self.parts["block"](block, x, x0, rope, docs, self.ops, own)
             if visit.keep:
                 kept[visit.layer] = x
         return x
@@ -2286,7 +2370,10 @@ class GPT(nn.Module):
 
 def embed(model: GPT, ids: Tensor) -> Tensor:
     """Normed embeddings, mixed: [B, T] -> [B, T, D]."""
-    return norm(model.mixer(F.embedding(ids, model.embed).to(model.dtype), ids))
+    e = F.embedding(ids, model.embed).to(model.dtype)
+    for mixer in model.mixers.values():
+        e = mixer(e, ids)
+    return norm(e)
 
 
 def join(skip: nn.Module, x: Tensor, source: Tensor) -> Tensor:
@@ -2307,6 +2394,7 @@ def head_nll(x: Tensor, weight: Tensor, targets: Tensor, cap: float, ops: Ops) -
 # What a forward pass calls; each is compiled as a whole on a GPU.
 PARTS: dict[str, Callable] = {
     "embed": embed,
+    "values": ValueEmbedding.forward,
     "block": Block.forward,
     "skip": join,
     "nll": head_nll,
@@ -2342,12 +2430,16 @@ class ParamRow(NamedTuple):
     wd: str
 
 
+# gains, mixes and gates: everything that is no matrix
+VECTORS = (
+    r".*\.(q_gain|attn_scale|mlp_scale|resid_mix|skip_weight|skip_gate|gate|smear_scale|smear_gate|bigram_scale"
+    r"|value_scale|value_mix)"
+)
 PARAM_TABLE = (
-    ParamRow(r"embed", "adamw", "tied_embed_lr|embed_lr", "embed_wd"),
+    ParamRow(r"embed|(mixers\.bigram|values)\.table", "adamw", "tied_embed_lr|embed_lr", "embed_wd"),
     ParamRow(r"head\.weight", "adamw", "head_lr", "embed_wd"),
-    ParamRow(r"blocks\.\d+\.(attn\.(q|k|v|proj)|mlp\.(up|down))\.weight", "muon", "matrix_lr", "muon_wd"),
-    ParamRow(r".*\.(q_gain|attn_scale|mlp_scale|resid_mix|skip_weight|skip_gate|gate|smear_scale|smear_gate)",
-             "adamw", "scalar_lr", "adam_wd"),
+    ParamRow(r"(blocks\.\d+|mixers|values)\..*\.weight", "muon", "matrix_lr", "muon_wd"),
+    ParamRow(VECTORS, "adamw", "scalar_lr", "adam_wd"),
 )  # fmt: skip
 
 
@@ -2383,6 +2475,18 @@ def newton_schulz(g: Tensor, steps: int, coefficients: tuple, dtype: torch.dtype
     return x.mT if tall else x
 
 
+def even_sizes(update: Tensor, v: Tensor, beta2: float) -> Tensor:
+    """NorMuon (Li et al. 2025): divide each row by its running size, keep the whole matrix's size.
+
+    update [n, r, c]; v [n, r, 1], the running mean square of each row, is updated in place.
+    """
+    square = update.float().square().mean(-1, keepdim=True)
+    v.lerp_(square, 1 - beta2)
+    factor = v.clamp_min(1e-12).rsqrt()
+    even = (square * factor.square()).mean(1, keepdim=True).clamp_min(1e-12)
+    return update * factor * (square.mean(1, keepdim=True) / even).sqrt()
+
+
 def muon_update(g: Tensor, m: Tensor, momentum: float, rows: bool, orthogonalize: Callable[[Tensor], Tensor]) -> Tensor:
     """Nesterov momentum (m [n, r, c] is updated in place), unit rows (MuonEq-R), polar factor, sqrt(max(1, r/c))."""
     m.mul_(momentum).add_(g)
@@ -2403,6 +2507,7 @@ class Bank:
         self.share = -(-len(params) // run.world_size)
         shape, device = params[0].shape, params[0].device
         self.momentum = torch.zeros(self.share, *shape, device=device)
+        self.row_square = torch.zeros(self.share, shape[0], 1, device=device)
 
     def gradient(self) -> Tensor:
         """The sum over ranks of this rank's share of gradients: fp32 [share, r, c]."""
@@ -2487,6 +2592,8 @@ class Optimizers:
         self.adam.step()
         for bank, grad in zip(self.banks, grads, strict=True):
             update = muon_update(grad, bank.momentum, momentum, self.cfg.muon_row_normalize, self.orthogonalize)
+            if self.cfg.muon_beta2:
+                update = even_sizes(update, bank.row_square, self.cfg.muon_beta2)
             update = bank.gather(update)
             torch._foreach_mul_(bank.params, 1 - self.matrix_lr * lr_scale * self.matrix_wd)
             torch._foreach_add_(bank.params, [u.float() for u in update], alpha=-self.matrix_lr * lr_scale)
@@ -2496,10 +2603,11 @@ class Optimizers:
 
     def state_dict(self) -> dict:
         """Whole state, the same for every world size (momentum by parameter name)."""
-        momentum = {}
+        momentum, squares = {}, {}
         for bank in self.banks:
             momentum |= dict(zip(bank.names, bank.gather(bank.momentum).cpu(), strict=True))
-        return {"adam": self.adam.state_dict(), "momentum": momentum}
+            squares |= dict(zip(bank.names, bank.gather(bank.row_square).cpu(), strict=True))
+        return {"adam": self.adam.state_dict(), "momentum": momentum, "row_square": squares}
 
     def load_state_dict(self, state: dict) -> None:
         self.adam.load_state_dict(state["adam"])
@@ -2507,6 +2615,7 @@ class Optimizers:
             first = self.run.rank * bank.share
             for slot, name in enumerate(bank.names[first : first + bank.share]):
                 bank.momentum[slot] = state["momentum"][name]
+                bank.row_square[slot] = state["row_square"][name]
 
 
 class Ema:
@@ -2708,7 +2817,7 @@ class Trainer:
         Halves the micro-batch when memory runs out.
         """
         cfg, run = self.cfg, self.run
-        states = (False, True) if cfg.loops and cfg.enable_looping_at < 1 else (False,)
+        states = sorted({looping_at(cfg, 0.0), looping_at(cfg, 1.0 - 1e-9)})
         index = 0
         while index < cfg.warmup_steps:
             if self._fits(states):
@@ -2718,11 +2827,11 @@ class Trainer:
                 self._shrink()
         self.optimizers.warm_up()
         self.model.zero_grad(set_to_none=True)
-        if len(states) == 2:
+        if True in states:
             encoder, decoder = halves(cfg, True)
             run.log(f"loop_warmup:enabled encoder:{encoder} decoder:{decoder}")
 
-    def _fits(self, states: tuple[bool, ...]) -> bool:
+    def _fits(self, states: list[bool]) -> bool:
         """Forward and backward of every micro-batch shape in every loop state; whether memory sufficed."""
         share = len(self.run.split(self.cfg.train_batch_tokens // self.cfg.train_seq_len))
         shapes = {len(part) for part in torch.empty(share).split(self.micro)}
@@ -2881,9 +2990,9 @@ class TensorRow(NamedTuple):
 
 
 TENSOR_PLAN = (
-    TensorRow(r"embed|head\.weight", "int", "embed_bits", "embed_clip_sigmas"),
-    TensorRow(r"blocks\.\d+\..*\.weight", "int", "matrix_bits", "matrix_clip_sigmas"),
-    TensorRow(r".*\.(q_gain|attn_scale|mlp_scale|resid_mix|skip_weight|skip_gate|gate|smear_scale|smear_gate)", "half"),
+    TensorRow(r"embed|head\.weight|(mixers\.bigram|values)\.table", "int", "embed_bits", "embed_clip_sigmas"),
+    TensorRow(r"(blocks\.\d+|mixers|values)\..*\.weight", "int", "matrix_bits", "matrix_clip_sigmas"),
+    TensorRow(VECTORS, "half"),
 )
 
 

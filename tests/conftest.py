@@ -32,6 +32,10 @@ VOCAB = 320
 MECHANISMS = {
     "smear": dict(smear_gate=True),
     "sparse_gate": dict(attn_gate="sparse"),
+    "no_gates": dict(smear_gate=False, attn_gate="none"),
+    "bigram": dict(bigram_vocab_size=97, bigram_hashes=2, bigram_dim=8),
+    "value_embedding": dict(ve_layers="2,5", ve_dim=8),
+    "normuon": dict(muon_beta2=0.95),
     "pack_docs": dict(pack_docs=True),
     "no_skips": dict(skip_kind="none"),
     "added_skips": dict(skip_kind="add"),

@@ -509,6 +509,7 @@ def test_6_eval_needs_only_the_artifact(corpus, tmp_path):
 ADD_ONS = {
     "smear": (dict(smear_gate=False), dict(smear_gate=True), 2),
     "sparse_gate": (dict(attn_gate="none"), dict(attn_gate="sparse"), 6),
+    "bigram": (dict(bigram_vocab_size=0), dict(bigram_vocab_size=97, bigram_dim=8), 3),
     "resid_mix": (dict(resid_mix=False), dict(resid_mix=True), 6),
 }
 
@@ -533,8 +534,8 @@ def test_7_add_ons_start_as_the_identity(name, looping):
 
 def test_7_the_rest_says_why_not():
     """Mechanisms that are not the identity at the start say so in their docstring."""
-    for kind in (tg.ExcludeSelf, tg.GatedSkip, tg.AddedSkip):
-        assert "start" in kind.__doc__ or "Not transparent" in kind.__doc__
+    for kind in (tg.ExcludeSelf, tg.GatedSkip, tg.AddedSkip, tg.ValueEmbedding):
+        assert "start" in kind.__doc__ or "ot transparent" in kind.__doc__
 
 
 @every_variant
@@ -551,12 +552,22 @@ def test_7_a_fresh_block_adds_nothing(variant):
             assert (tg.norm(changed) - tg.norm(x)).abs().max() > 0.1
 
 
+def used_rows(model: tg.GPT, name: str, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Rows of a table that is read by token and nothing else; empty for every other parameter."""
+    if name == "values.table" or (name == "embed" and model.head is not None):
+        return [ids.flatten()]
+    if name == "mixers.bigram.table":
+        bigram = model.mixers["bigram"]
+        return [bigram.bucket(ids, which).flatten() for which in range(bigram.hashes)]
+    return []
+
+
 @every_variant
 def test_7_every_row_learns(variant, corpus):
     """Law 7: after the first optimizer steps every row of every parameter has a gradient.
 
     Output maps start at zero and block what is upstream of them for one step; an untied head starts at zero too and
-    blocks the output maps for one more. Exempt: rows of an untied embedding whose token is not in the batch.
+    blocks the output maps for one more. Exempt: rows of an untied table whose token or bucket is not in the batch.
     """
     cfg = config_of(variant, train_batch_tokens=512, micro_batch_tokens=512, **corpus.knobs())
     trainer = trainer_of(cfg)
@@ -568,8 +579,8 @@ def test_7_every_row_learns(variant, corpus):
         for name, param in trainer.model.named_parameters():
             grad = param.grad if param.dim() != 1 else param.grad[:, None]
             alive = grad.flatten(1).any(1) if grad.dim() else grad.bool()[None]
-            if name == "embed" and not cfg.tie_embeddings:
-                alive = alive[rows[:, :-1].unique().long()]
+            if used := used_rows(trainer.model, name, rows[:, :-1].long()):
+                alive = alive[torch.cat(used).unique()]
             assert alive.all(), f"{name}: {int((~alive).sum())} dead rows"
 
 

@@ -581,6 +581,7 @@ class Run:
         self.device = self._pick_device()
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.signal = 0
+        self.laps: dict[str, float] = {}  # seconds of the parts of start-up, in order
         self.folder: Path | None = None
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
@@ -641,6 +642,10 @@ class Run:
                 file.write(line + "\n")
         except OSError as error:
             raise UserError(f"cannot write {self.folder / name}: {error.strerror}; free some space") from error
+
+    def lap(self, part: str) -> None:
+        """A part of start-up is over; what it took is the time since the launch less that of the parts before it."""
+        self.laps[part] = time.time() - LAUNCHED - sum(self.laps.values())
 
     def share(self, value: Any) -> Any:
         """Rank 0's object, on every rank."""
@@ -2693,19 +2698,23 @@ def looping_at(cfg: Config, fraction: float) -> bool:
     return cfg.loops and fraction >= cfg.enable_looping_at
 
 
+def token_bytes(cfg: Config) -> float:
+    """GPU memory of a training token: a visit keeps about 20 D values for the backward pass, the head 4 V (bf16
+    logits, their gradient, slack)."""
+    visits = len(virtual_order(cfg, True))
+    return 2 * ((10 + 2.5 * cfg.mlp_mult) * cfg.model_dim * visits + 4 * cfg.vocab_size)
+
+
 def micro_sequences(cfg: Config, run: Run) -> int:
     """Sequences of one forward on one rank: MICRO_BATCH_TOKENS, or the most that free memory should hold.
 
-    A visit keeps about 20 D values a token for the backward pass, the head 4 V (bf16 logits, their gradient,
-    slack). Parts are of one size where the share has a near divisor, because every shape is a graph.
+    Parts are of one size where the share has a near divisor, because every shape is a graph.
     """
     share = max(1, -(-cfg.train_batch_tokens // cfg.train_seq_len // run.world_size))
     if cfg.micro_batch_tokens or run.device.type == "cpu":
         return min(share, max(1, (cfg.micro_batch_tokens or 16384) // cfg.train_seq_len))
     free = torch.cuda.mem_get_info(run.device)[0]
-    visits = len(virtual_order(cfg, True))
-    token_bytes = 2 * ((10 + 2.5 * cfg.mlp_mult) * cfg.model_dim * visits + 4 * cfg.vocab_size)
-    most = max(1, int(0.85 * free / token_bytes / cfg.train_seq_len))
+    most = max(1, int(0.85 * free / token_bytes(cfg) / cfg.train_seq_len))
     pieces = -(-share // most)
     even = [n for n in range(pieces, 2 * pieces + 1) if share % n == 0]
     return share // even[0] if even else -(-share // pieces)
@@ -3895,13 +3904,16 @@ def setup_folder(run: Run) -> tuple[Path, int]:
 def train_command(cfg: Config, launch: Launch, warnings: list[str]) -> None:
     """The whole path: data, preflight, training, export, and the evaluation of the packed file by a fresh process."""
     run = Run(cfg, launch)
+    run.lap("imports")
     run.cfg = cfg = dataclasses.replace(cfg, run_id=run.share(choose_run_id(cfg)))
     script, code = setup_folder(run)
     for line in warnings:
         run.log(f"warning: {line}")
     prepare_demo(cfg, run)
     val = load_validation(cfg, load_tokenizer(cfg))
+    run.lap("data")
     trainer = Trainer(run)
+    run.lap("model")
     result: dict[str, Any] = dict(
         run_id=cfg.run_id, preset=cfg.preset, seed=cfg.seed, world_size=run.world_size, torch_version=torch.__version__,
         device=torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu", git_sha=git_sha(),
@@ -3931,6 +3943,7 @@ def train_command(cfg: Config, launch: Launch, warnings: list[str]) -> None:
 def start(run: Run, trainer: Trainer, code: int, result: dict[str, Any]) -> None:
     """Everything before the first step: preflight, the checkpoint, compiling."""
     preflight(run, trainer, code)
+    run.lap("preflight")
     if run.cfg.resume and run.share((run.folder / "checkpoint.pt").exists()):
         trainer.resume()
     elif run.cfg.resume:
@@ -3938,8 +3951,10 @@ def start(run: Run, trainer: Trainer, code: int, result: dict[str, Any]) -> None
     trainer.warm_up()
     result["matmul_flops"] = peak_matmul_flops(run.device)
     run.barrier()
-    result["startup_seconds"] = time.time() - LAUNCHED
-    run.log(f"startup: {result['startup_seconds']:.1f}s from launch to the first step")
+    run.lap("compile")
+    result |= dict(startup_seconds=sum(run.laps.values()), startup_parts=run.laps)
+    parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in run.laps.items())
+    run.log(f"startup: {result['startup_seconds']:.1f}s from launch to the first step ({parts})")
 
 
 def measured_training(run: Run, trainer: Trainer, val: ValStream, result: dict[str, Any]) -> bool:
@@ -4020,6 +4035,59 @@ def eval_command(path: Path, env: Mapping[str, str], launch: Launch) -> None:
     run.log(f"total_eval_time:{time.time() - LAUNCHED:.1f}s")
 
 
+class PlanRow(NamedTuple):
+    """A figure of the run plan, and whether it was measured on one GPU or follows from what was."""
+
+    name: str
+    value: str
+    source: str
+
+
+# One H100 SXM, torch 2.11 (README, "Measured"): the 8192^3 bf16 product, the shares of it that training and sliding
+# windows reach with the fused operations, bytes a second of NVLink's rings, seconds that do not depend on GPUs.
+H100 = dict(matmul=783e12, train_mfu=0.43, eval_mfu=0.47, bus=3e11, startup=60.0, hessians=4.8, pack=13.0)
+OFFICIAL_TARGETS = 40_540_160  # of the challenge's validation text at SP8192
+
+
+def wire_bytes(cfg: Config, gpus: int) -> float:
+    """Bytes that a GPU sends in a step: fp32 gradients of the matrices reduce-scattered, their bf16 updates gathered,
+    the other gradients all-reduced in one buffer."""
+    sizes = {"muon": 0, "adamw": 0}
+    for name, param in meta_model(cfg).named_parameters():
+        sizes[owner(name, PARAM_TABLE).kind] += param.numel()
+    return (gpus - 1) / gpus * ((4 + 2) * sizes["muon"] + 2 * 4 * sizes["adamw"])
+
+
+def run_plan(cfg: Config, gpus: int) -> list[PlanRow]:
+    """What a run on ``gpus`` H100s should take: steps, time ledger, memory, traffic."""
+    rate = {on: gpus * H100["train_mfu"] * H100["matmul"] / flops_per_token(cfg, on) for on in (False, True)}
+    sent = wire_bytes(cfg, gpus)
+    talk = sent / H100["bus"]
+    step = {on: cfg.train_batch_tokens / rate[on] + talk for on in rate}
+    before = min(1.0, cfg.enable_looping_at) if cfg.loops else 1.0
+    clock = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
+    steps = before / step[False] + (1 - before) / step[True]
+    steps = min(cfg.iterations, steps * clock) if cfg.max_wallclock_seconds else cfg.iterations
+    forward = gpus * H100["eval_mfu"] * H100["matmul"] / (flops_per_token(cfg, before < 1) / 3)
+    sliding = OFFICIAL_TARGETS * cfg.eval_seq_len / cfg.eval_stride / forward
+    micro = min(98304, cfg.train_batch_tokens // gpus)
+    return [
+        PlanRow("steps", f"{steps:.0f} of {cfg.train_batch_tokens} tokens, {steps * cfg.train_batch_tokens / 1e9:.2f} G "
+                "tokens in all", "predicted"),
+        PlanRow("ms a step, loop off / on", f"{1e3 * step[False]:.0f} / {1e3 * step[True]:.0f}", "predicted"),
+        PlanRow("tokens/s, loop off / on", f"{rate[False] / 1e6:.2f} M / {rate[True] / 1e6:.2f} M", "predicted"),
+        PlanRow("sent by a GPU in a step", f"{sent / 1e6:.0f} MB, {1e3 * talk:.1f} ms", "predicted"),
+        PlanRow("activations of a micro-batch", f"{micro * token_bytes(cfg) / 2**30:.0f} GiB ({micro} tokens)",
+                "predicted"),
+        PlanRow("start-up, outside the clock", f"{H100['startup']:.0f} s", "measured"),
+        PlanRow("train, then Hessians", f"{clock:.0f} s, {H100['hessians']:.0f} s of the {cfg.gptq_reserve_seconds:g} s "
+                "reserved", "measured"),
+        PlanRow("quantize and pack", f"{H100['pack']:.0f} s", "measured"),
+        PlanRow(f"sliding windows, stride {cfg.eval_stride}", f"{sliding:.0f} s for {OFFICIAL_TARGETS / 1e6:.1f} M "
+                f"targets, of {cfg.eval_budget_seconds:g} s", "predicted"),
+    ]  # fmt: skip
+
+
 def describe_command(cfg: Config) -> None:
     """The plan of a run: settings, schedule, parameters by owner, bytes, FLOPs. Needs no data and no GPU."""
     print(f"preset {cfg.preset}: {PRESETS[cfg.preset].text}\n")
@@ -4046,6 +4114,9 @@ def describe_command(cfg: Config) -> None:
             f"{count:>12}  {optimizer.kind:<8}{optimizer.lr.split('|')[0]:<14}{stored.codec:<6}{count * bits / 8:.0f}"
         )
     print(f"{sum(rows.values()):>12}  in all; script packed: {len(packed_script(script_source()))} bytes")
+    print("\nplan for 8 H100 GPUs:")
+    for row in run_plan(cfg, gpus=8):
+        print(f"  {row.name:<30}{row.value:<52}{row.source}")
 
 
 def pack_command(target: Path) -> None:

@@ -275,6 +275,21 @@ def test_describe_needs_no_data(preset, capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_plan_follows_from_its_parts():
+    """Steps x ms = the clock; the wire carries what the optimizer exchanges; a measured speed is met on one GPU."""
+    cfg, _ = tg.read_config({"PRESET": "pr1783", "ENABLE_LOOPING_AT": "1"})
+    plan = {row.name: row.value for row in tg.run_plan(cfg, gpus=8)}
+    steps, ms = float(plan["steps"].split()[0]), float(plan["ms a step, loop off / on"].split()[0])
+    assert steps * ms / 1e3 == pytest.approx(cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds, rel=0.01)
+    matrices = sum(p.numel() for name, p in tg.meta_model(cfg).named_parameters() if tg.owner(name, tg.PARAM_TABLE).kind
+                   == "muon")  # fmt: skip
+    small = sum(p.numel() for p in tg.meta_model(cfg).parameters()) - matrices
+    assert tg.wire_bytes(cfg, 8) == pytest.approx(7 / 8 * (6 * matrices + 8 * small))
+    assert tg.wire_bytes(cfg, 1) == 0
+    speed = {row.name: row.value for row in tg.run_plan(cfg, gpus=1)}["tokens/s, loop off / on"]
+    assert float(speed.split()[0]) == pytest.approx(1.18, rel=0.02)
+
+
 def test_unknown_commands_are_refused():
     """A command that does not exist names those that do."""
     for arguments in (["trian"], ["eval"], ["eval", "a", "b"], ["describe", "x"], ["pack", "a", "b"]):

@@ -496,6 +496,16 @@ def test_6_the_ledger_file_recomputes_the_score(rescored, preset):
     assert bpb == pytest.approx(told["val_bpb"], rel=1e-6)
 
 
+@every_preset
+def test_6_the_audit_passes(rescored, preset, corpus, capsys):
+    """The reviewer's page on every preset's artifact, as the fresh process left it: nothing fails."""
+    *_, folder = rescored[preset]
+    (folder / "train_gpt_packed.py").write_bytes(tg.packed_script(tg.script_source()))
+    tg.audit_command(folder, {**corpus.env(), "DEVICE": "cpu"})
+    page = capsys.readouterr().out
+    assert "FAIL" not in page and page.count("ok ") >= 8, page
+
+
 def test_6_eval_needs_only_the_artifact(corpus, tmp_path):
     """An artifact with unusual lengths is scored in a clean environment: the training's knobs do not matter."""
     folder = tmp_path / "odd"

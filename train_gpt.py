@@ -176,6 +176,8 @@ class Config:
     max_wallclock_seconds: float = knob("train", 580.0, "training clock, Hessians included; 0: none", lo=0)
     gptq_reserve_seconds: float = knob("train", 12.0, "part of the clock kept for Hessians and quantization", lo=0)
     train_batch_tokens: int = knob("train", 786432, "tokens of one optimizer step, over all ranks", lo=2)
+    data_order: str = knob("train", "shuffled", "order of the training windows: a permutation of all of them, or "
+                           "coprime strides through every shard", choices=("shuffled", "coprime"))
     micro_batch_tokens: int = knob("train", 0, "tokens of one forward on one rank; 0: from free memory", lo=0)
     warmup_steps: int = knob("train", 1, "throw-away steps that compile every graph before the clock", lo=0)
     lr_warmup_steps: int = knob("train", 0, "steps over which all learning rates rise from 0", lo=0)
@@ -962,12 +964,38 @@ def check_bytes(pieces: Any, tokens: np.ndarray, counted: np.ndarray, slack: flo
         )
 
 
-class TrainStream:
-    """Every disjoint window of the training shards, in an order set by SEED and the epoch alone.
+def shuffled_order(counts: np.ndarray, bits: np.random.Philox) -> np.ndarray:
+    """A permutation of all windows: int64 [sum of counts]. An argsort of raw bits is the same on every machine."""
+    return np.argsort(bits.random_raw(int(counts.sum())), kind="stable")
 
-    Window i of shard s covers tokens [phase + i T, phase + (i+1) T]; the phase changes every epoch. The permutation is
-    an argsort of Philox raw bits, so it is the same on every machine and numpy. ``batch`` is stateless: step k of a
-    run reads windows [k B, (k+1) B) whatever the world size, which is what makes resuming and 1 = N ranks exact.
+
+def coprime_order(counts: np.ndarray, bits: np.random.Philox) -> np.ndarray:
+    """Strides coprime to its length through every shard, the shards interleaved in proportion to their lengths (the
+    loader of PR #1435, whose weights fall with what is left of a shard; its order came from path names, ours does not).
+
+    Reads of neighbouring steps lie far apart, every window comes once an epoch, and each shard is spread evenly over
+    the epoch, where a permutation clumps.
+    """
+    windows, keys, first = [], [], 0
+    for count in (int(count) for count in counts if count):
+        start, stride, jitter = (int(raw) for raw in bits.random_raw(3))
+        stride = next(s for s in range(stride % count + 1, 2 * count + 2) if math.gcd(s, count) == 1)
+        turn = np.arange(count)
+        windows.append(first + (start % count + turn * stride) % count)
+        keys.append((turn + jitter / 2**64) / count)
+        first += count
+    return np.concatenate(windows)[np.argsort(np.concatenate(keys), kind="stable")]
+
+
+DATA_ORDERS = {"shuffled": shuffled_order, "coprime": coprime_order}
+
+
+class TrainStream:
+    """Every disjoint window of the training shards, in an order set by SEED, DATA_ORDER and the epoch alone.
+
+    Window i of shard s covers tokens [phase + i T, phase + (i+1) T]; the phase changes every epoch. ``batch`` is
+    stateless: step k of a run reads windows [k B, (k+1) B) whatever the world size, which is what makes resuming and
+    1 = N ranks exact.
     """
 
     def __init__(self, cfg: Config):
@@ -975,8 +1003,8 @@ class TrainStream:
         self.shards = [read_shard(path) for path in paths[: cfg.train_shards or None]]
         self.seq_len, self.vocab_size, self.seed = cfg.train_seq_len, cfg.vocab_size, cfg.seed
         self.folder = paths[0].parent
-        counts = np.array([max(0, (len(shard) - 1) // self.seq_len) for shard in self.shards])
-        self.first = np.concatenate([[0], np.cumsum(counts)])
+        self.counts = np.array([max(0, (len(shard) - 1) // self.seq_len) for shard in self.shards])
+        self.first, self.order = np.concatenate([[0], np.cumsum(self.counts)]), DATA_ORDERS[cfg.data_order]
         if self.total == 0:
             raise UserError(
                 f"no shard in {self.folder} holds TRAIN_SEQ_LEN={self.seq_len} tokens; add text or shorten it"
@@ -998,7 +1026,7 @@ class TrainStream:
     def epoch(self, epoch: int) -> tuple[np.ndarray, list[int]]:
         """(order [total], phase of each shard) of an epoch."""
         bits = np.random.Philox(key=np.array([self.seed, epoch], dtype=np.uint64))
-        order = np.argsort(bits.random_raw(self.total), kind="stable")
+        order = self.order(self.counts, bits)
         slack = [(len(shard) - 1) % self.seq_len + 1 if len(shard) else 1 for shard in self.shards]
         return order, [int(raw % room) for raw, room in zip(bits.random_raw(len(slack)), slack, strict=True)]
 

@@ -610,20 +610,24 @@ def test_8_data_do_not_depend_on_the_ranks(corpus, world_size):
         prefetcher.close()
 
 
-PINNED_ORDER = "bef8e333e29b44d60c779f3df796e5b21fc834e1c2b8f43e1a62bc14e2bc9dd0"
+PINNED_ORDERS = {
+    "shuffled": "bef8e333e29b44d60c779f3df796e5b21fc834e1c2b8f43e1a62bc14e2bc9dd0",
+    "coprime": "7a0613e1fe89843c983c688c3aa1d364cc6042f0f563d954e4efe3c2256757e5",
+}
 
 
-def test_8_the_data_order_is_pinned(tmp_path):
+@pytest.mark.parametrize("name", PINNED_ORDERS)
+def test_8_the_data_order_is_pinned(tmp_path, name):
     """Law 8: the order of an epoch is a function of SEED and the epoch alone, the same on every machine, for ever."""
     for index, tokens in enumerate((1000, 777)):
         write_shard(tmp_path / f"fineweb_train_{index:06d}.bin", np.arange(tokens) % VOCAB)
     digest = hashlib.sha256()
     for seed in (0, 1337):
-        stream = tg.TrainStream(tiny("record", seed=seed, data_path=str(tmp_path)))
+        stream = tg.TrainStream(tiny("record", seed=seed, data_path=str(tmp_path), data_order=name))
         for epoch in (0, 1):
             order, phases = stream.epoch(epoch)
             digest.update(np.asarray([*order, *phases], "<i8").tobytes())
-    assert digest.hexdigest() == PINNED_ORDER
+    assert digest.hexdigest() == PINNED_ORDERS[name]
 
 
 @every_preset

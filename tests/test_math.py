@@ -569,9 +569,10 @@ def stream_of(folder, sizes: list[int], **values) -> tg.TrainStream:
     return tg.TrainStream(tiny("record", data_path=str(folder), vocab_size=60000, **values))
 
 
-def test_every_window_once_an_epoch(tmp_path):
+@pytest.mark.parametrize("order", ["shuffled", "coprime"])
+def test_every_window_once_an_epoch(tmp_path, order):
     """An epoch covers each shard's disjoint windows once, in a shuffled order, and the next epoch another order."""
-    stream, sizes = stream_of(tmp_path, [1000, 33, 32, 5, 640]), [1000, 33, 32, 5, 640]
+    stream, sizes = stream_of(tmp_path, [1000, 33, 32, 5, 640], data_order=order), [1000, 33, 32, 5, 640]
     windows = sum((size - 1) // 32 for size in sizes)
     assert stream.total == windows == 31 + 1 + 0 + 0 + 19
     orders = []
@@ -584,6 +585,16 @@ def test_every_window_once_an_epoch(tmp_path):
         assert first != sorted(first)
         orders.append(first)
     assert len({tuple(order) for order in orders}) == 3
+
+
+def test_coprime_strides_spread_every_shard(tmp_path):
+    """Any stretch of an epoch holds each shard in proportion to its length, and strides through it."""
+    stream = stream_of(tmp_path, [32 * 300 + 1, 32 * 100 + 1], data_order="coprime")
+    order, _ = stream.epoch(0)
+    small = order >= 300
+    assert all(abs(int(small[begin : begin + 80].sum()) - 20) <= 1 for begin in range(0, 400, 80))
+    steps = np.diff(order[small]) % 100
+    assert len(set(steps)) == 1 and math.gcd(int(steps[0]), 100) == 1
 
 
 def test_the_stream_wraps(tmp_path):

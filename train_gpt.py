@@ -4100,16 +4100,16 @@ def run_plan(cfg: Config, gpus: int) -> list[PlanRow]:
     sliding = OFFICIAL_TARGETS * cfg.eval_seq_len / cfg.eval_stride / forward
     micro = min(98304, cfg.train_batch_tokens // gpus)
     return [
-        PlanRow("steps", f"{steps:.0f} of {cfg.train_batch_tokens} tokens, {steps * cfg.train_batch_tokens / 1e9:.2f} G "
-                "tokens in all", "predicted"),
+        PlanRow("steps", f"{steps:.0f} of {cfg.train_batch_tokens} tokens, "
+                f"{steps * cfg.train_batch_tokens / 1e9:.2f} G in all", "predicted"),
         PlanRow("ms a step, loop off / on", f"{1e3 * step[False]:.0f} / {1e3 * step[True]:.0f}", "predicted"),
         PlanRow("tokens/s, loop off / on", f"{rate[False] / 1e6:.2f} M / {rate[True] / 1e6:.2f} M", "predicted"),
         PlanRow("sent by a GPU in a step", f"{sent / 1e6:.0f} MB, {1e3 * talk:.1f} ms", "predicted"),
         PlanRow("activations of a micro-batch", f"{micro * token_bytes(cfg) / 2**30:.0f} GiB ({micro} tokens)",
                 "predicted"),
         PlanRow("start-up, outside the clock", f"{H100['startup']:.0f} s", "measured"),
-        PlanRow("train, then Hessians", f"{clock:.0f} s, {H100['hessians']:.0f} s of the {cfg.gptq_reserve_seconds:g} s "
-                "reserved", "measured"),
+        PlanRow("train, then Hessians", f"{clock:.0f} s, {H100['hessians']:.0f} s of the "
+                f"{cfg.gptq_reserve_seconds:g} s reserved", "measured"),
         PlanRow("quantize and pack", f"{H100['pack']:.0f} s", "measured"),
         PlanRow(f"sliding windows, stride {cfg.eval_stride}", f"{sliding:.0f} s for {OFFICIAL_TARGETS / 1e6:.1f} M "
                 f"targets, of {cfg.eval_budget_seconds:g} s", "predicted"),

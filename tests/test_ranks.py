@@ -1,4 +1,4 @@
-"""Eight ranks (gloo, processes forked from this one) do what one does: weights, score, Hessians; one that dies ends all."""
+"""Eight ranks (gloo, forked from this process) do what one does: weights, score, Hessians; one that dies ends all."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from conftest import random_validation, tiny
+
 from train_gpt import Launch, Run, Trainer, collect_hessians, evaluate, free_port, sliding_windows
 from train_gpt import dist as torch_distributed
 
@@ -34,7 +35,8 @@ def train_and_score(run: Run) -> dict:
     score = evaluate(run, trainer.model, val, sliding_windows(val.targets, 32, 8), run.cfg.loops)
     hessians = collect_hessians(run, trainer.model, trainer.stream.batch(1000, 13), run.cfg.loops)
     return dict(
-        weights=trainer.model.state_dict(), ema=trainer.ema.averages[-1], momentum=trainer.optimizers.state_dict()["momentum"],
+        weights=trainer.model.state_dict(), ema=trainer.ema.averages[-1],
+        momentum=trainer.optimizers.state_dict()["momentum"],
         losses=torch.tensor(losses), nll=score.nll, hessians=hessians,
     )  # fmt: skip
 

@@ -160,6 +160,13 @@ class Config:
     num_loops: int = knob("model", 3, "extra passes over layers LOOP_START..LOOP_END; 0: none", lo=0, hi=64)
     loop_start: int = knob("model", 3, "first layer of the repeated segment", lo=0)
     loop_end: int = knob("model", 5, "last layer of the repeated segment", lo=0)
+    deq_layer: int = knob("model", -1, "layer iterated to its fixed point; those before it are the equilibrium's "
+                          "prelude, those after it its coda; -1: none", lo=-1)
+    deq_solver: str = knob("model", "anderson", "fixed-point solver, in training and evaluation alike",
+                           choices=("anderson", "picard"))
+    deq_anderson_history: int = knob("model", 5, "residuals that Anderson mixing combines, of each token by itself",
+                                     lo=1, hi=8)
+    deq_tol: float = knob("model", 1e-3, "relative residual at which a token is frozen; 0: never", lo=0, hi=1)
     tie_embeddings: bool = knob("model", True, "the head is the embedding transposed")
     tied_embed_init_std: float = knob("model", 0.005, "standard deviation of the initial embedding", lo=0)
     logit_softcap: float = knob("model", 30.0, "logits are C tanh(z / C)", lo=1)
@@ -175,6 +182,12 @@ class Config:
     lr_warmup_steps: int = knob("train", 0, "steps over which all learning rates rise from 0", lo=0)
     warmdown_frac: float = knob("train", 0.72, "last part of the run, over which the learning rate falls", lo=0, hi=1)
     min_lr: float = knob("train", 0.0, "floor of the learning rate multiplier", lo=0, hi=1)
+    deq_max_iter_train: int = knob("train", 8, "most solver iterations in training", lo=1, hi=256)
+    deq_grad: str = knob("train", "phantom", "gradient of the fixed point: damped steps from it, the implicit function "
+                         "theorem, or back-propagation through the solver", choices=("phantom", "ift", "unroll"))
+    deq_phantom_steps: int = knob("train", 4, "damped steps that DEQ_GRAD=phantom differentiates", lo=1, hi=64)
+    deq_phantom_damping: float = knob("train", 1.0, "their step length", lo=0.05, hi=1)
+    deq_residual_penalty: float = knob("train", 0.0, "weight of the squared relative residual in the loss", lo=0)
     enable_looping_at: float = knob("train", 0.35, "fraction of the run at which the recurrence is switched on", lo=0)
     matrix_lr: float = knob("train", 0.022, "Muon's learning rate", lo=0)
     scalar_lr: float = knob("train", 0.02, "AdamW's learning rate of gains, mixes and gates", lo=0)
@@ -219,6 +232,7 @@ class Config:
     sliding_window_enabled: bool = knob("eval", True, "score with sliding windows after the plain score")
     val_batch_tokens: int = knob("eval", 131072, "tokens of one evaluation forward on one rank", lo=2)
     eval_budget_seconds: float = knob("eval", 600.0, "evaluation clock; test-time training shrinks to fit it", lo=1)
+    deq_max_iter_eval: int = knob("eval", 16, "most solver iterations in evaluation", lo=1, hi=256)
     ttt_enabled: bool = knob("eval", False, "score-first test-time training as the last stage")
     ttt_lr: float = knob("eval", 0.005, "SGD learning rate of the first chunk; cosine to 0", lo=0)
     ttt_momentum: float = knob("eval", 0.9, "SGD momentum", lo=0, hi=1)
@@ -291,6 +305,22 @@ PRESETS: dict[str, Preset] = {
             ema_decay=0.0,
             matrix_bits=8,
             ttt_enabled=False,
+        ),
+    ),  # fmt: skip
+    "deq": Preset(
+        "one block run to its fixed point",
+        dict(
+            num_layers=1,
+            model_dim=1280,
+            num_heads=20,
+            num_kv_heads=10,
+            mlp_mult=4.0,
+            xsa_last_n=1,
+            ln_scale=False,
+            skip_kind="none",
+            parallel_residual_start=-1,
+            num_loops=0,
+            deq_layer=0,
         ),
     ),  # fmt: skip
     "demo": Preset(
@@ -370,6 +400,7 @@ MODEL_CHECKS: tuple[tuple[Callable[[Config], bool], str], ...] = (
      "ROPE_DIMS={rope_dims} must be even and at most the head's {head_dim} dimensions"),
     (lambda c: not c.loops or c.loop_start <= c.loop_end < c.num_layers,
      "LOOP_START={loop_start} <= LOOP_END={loop_end} < NUM_LAYERS={num_layers} must hold (or set NUM_LOOPS=0)"),
+    (lambda c: c.deq_layer < c.num_layers, "DEQ_LAYER={deq_layer} must be below NUM_LAYERS={num_layers}"),
     (lambda c: c.attn_gate_dims <= c.model_dim,
      "ATTN_GATE_DIMS={attn_gate_dims} must not exceed MODEL_DIM={model_dim}"),
     (lambda c: c.eval_stride <= c.eval_seq_len, "EVAL_STRIDE={eval_stride} exceeds EVAL_SEQ_LEN={eval_seq_len}"),
@@ -2040,6 +2071,7 @@ class MLP(nn.Module):
 class LayerSpec(NamedTuple):
     """One row of the layer table: what is particular to a physical layer."""
 
+    kind: str
     residual: str
     head_stages: tuple[str, ...]
     scale: float
@@ -2053,6 +2085,7 @@ def layer_table(cfg: Config) -> list[LayerSpec]:
         stages = [("xsa", layer >= cfg.num_layers - cfg.xsa_last_n), (cfg.attn_gate, cfg.attn_gate != "none")]
         rows.append(
             LayerSpec(
+                kind="equilibrium" if layer == cfg.deq_layer else "plain",
                 residual="parallel" if parallel else "sequential",
                 head_stages=tuple(stage for stage, used in stages if used),
                 scale=1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0,
@@ -2083,6 +2116,10 @@ class Block(nn.Module):
         """x, x0 [B, T, D] -> [B, T, D]."""
         u, n = (x, norm(x)) if self.resid_mix is None else ops.mix_norm(x, x0, *self.resid_mix)
         return RESIDUALS[self.residual](self, u, n, rope, docs, ops)
+
+    def visit(self, parts: Mapping[str, Callable], x: Tensor, x0: Tensor, *context: Any) -> Tensor:
+        """One visit of the schedule, by the compiled parts; what another kind of block does differently."""
+        return parts["block"](self, x, x0, *context)
 
 
 def sequential(block: Block, u: Tensor, n: Tensor, rope, docs: Tensor | None, ops: Ops) -> Tensor:
@@ -2206,6 +2243,217 @@ def halves(cfg: Config, looping: bool) -> tuple[list[int], list[int]]:
     return order[: len(order) // 2], order[len(order) // 2 :]
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The equilibrium: one layer run to its fixed point
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+RIDGE, MOST_MIXING = 1e-4, 4.0  # of Anderson's least squares: over the mean diagonal, and the largest |coefficient|
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product over the width, in fp32 at least: [..., D], [..., D] -> [..., 1]."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return (a.to(wide) * b.to(wide)).sum(-1, keepdim=True)
+
+
+def solve_ridge(rows: tuple[Tensor, ...], target: Tensor) -> list[Tensor]:
+    """c of min |target - sum c_i rows_i|^2 + ridge |c|^2, of each token by itself: n x [..., D] -> n x [..., 1].
+
+    The normal equations by LDL^T, unrolled over the n (n + 1) / 2 entries: elementwise passes that the compiler fuses,
+    no library call, no host. A row of zeros gets the coefficient 0.
+    """
+    n = len(rows)
+    gram = [[dot(rows[i], rows[j]) for j in range(i + 1)] for i in range(n)]
+    c = [dot(row, target) for row in rows]
+    ridge = RIDGE / max(n, 1) * sum(gram[i][i] for i in range(n))
+    lower: list[list[Tensor]] = []
+    pivots: list[Tensor] = []
+    for i in range(n):
+        row: list[Tensor] = []
+        for j in range(i):
+            row.append((gram[i][j] - sum(row[k] * lower[j][k] * pivots[k] for k in range(j))) / pivots[j])
+        lower.append(row)
+        pivots.append((gram[i][i] + ridge - sum(row[k] * row[k] * pivots[k] for k in range(i))).clamp_min(1e-30))
+        c[i] = c[i] - sum(row[k] * c[k] for k in range(i))
+    for i in reversed(range(n)):
+        c[i] = c[i] / pivots[i] - sum(lower[k][i] * c[k] for k in range(i + 1, n))
+    return c
+
+
+class SolverState(NamedTuple):
+    """Where a solve stands: the iterate x [..., D], which tokens are frozen, and the relative residual of the last
+    evaluation [..., 1]. ``image`` and ``residual`` are f(x) and f(x) - x of that evaluation; ``images`` and
+    ``residuals`` their last differences, newest first, zeros before there are any."""
+
+    x: Tensor
+    frozen: Tensor
+    size: Tensor
+    image: Tensor | None
+    residual: Tensor | None
+    images: tuple[Tensor, ...]
+    residuals: tuple[Tensor, ...]
+
+
+def solver_step(state: SolverState, image: Tensor, tol: float, kept: torch.dtype) -> SolverState:
+    """One step of Anderson's method (type II) by every token for itself; without history, Picard's x <- f(x).
+
+    x' = f - sum c_i df_i, where c fits the residual g = f - x by its last differences dg_i (least squares with a ridge,
+    |c_i| <= MOST_MIXING). A token with |g| <= tol |f| takes f and is frozen: whatever happens to its left, it stays.
+    Every sum runs over the width alone, so that a token's solve depends on no token to its right and on no other
+    sequence. Differences are kept in ``kept``: rounding them to bf16 is harmless, rounding x or f is not.
+    """
+    residual = (image - state.x).detach()
+    size = (dot(residual, residual) / dot(image.detach(), image.detach()).clamp_min(1e-30)).sqrt()
+    images, residuals = state.images, state.residuals
+    if images and state.image is not None:
+        images = ((image - state.image).to(kept), *images[:-1])
+        residuals = ((residual - state.residual).to(kept), *residuals[:-1])
+    x = image
+    if c := solve_ridge(residuals, residual):
+        largest = c[0].abs()
+        for value in c[1:]:
+            largest = torch.maximum(largest, value.abs())
+        bound = MOST_MIXING / largest.clamp_min(MOST_MIXING)
+        x = (image - bound * sum(value * image_i for value, image_i in zip(c, images, strict=True))).to(image.dtype)
+    done = size <= tol
+    x = torch.where(state.frozen, state.x, torch.where(done, image, x))
+    return SolverState(x, state.frozen | done, size, image, residual, images, residuals)
+
+
+class Solver(NamedTuple):
+    """How a fixed point is found: residuals combined (1: Picard), tolerance, and the most iterations while learning
+    and otherwise."""
+
+    history: int
+    tol: float
+    learning: int
+    scoring: int
+
+
+def solve(
+    f: Callable[[Tensor], Tensor], x: Tensor, iterations: int, solver: Solver, step: Callable, kept: torch.dtype,
+    trace: list[Tensor] | None = None,
+) -> Tensor:
+    """A fixed point of f: [..., D] -> [..., D], from x on. Always ``iterations`` evaluations of f: nothing is asked of
+    the device. ``trace`` collects the relative residual [...] of each, a frozen token's as it froze."""
+    blank = (torch.zeros_like(x, dtype=kept),) * (solver.history - 1)
+    size = torch.zeros_like(x[..., :1])
+    state = SolverState(x, size.bool(), size, None, None, blank, blank)
+    for _ in range(iterations):
+        frozen, before = state.frozen, state.size
+        state = step(state, f(state.x), solver.tol, kept)
+        if trace is not None:
+            trace.append(torch.where(frozen, before, state.size)[..., 0])
+            state = state._replace(size=trace[-1][..., None])
+    return state.x
+
+
+def phantom_gradient(block: Equilibrium, f: Callable, find: Callable, x: Tensor) -> Tensor:
+    """K damped steps x <- x + d (f(x) - x) from the solved point, differentiated: K terms of the Neumann series of the
+    implicit gradient (Geng et al. 2021, https://arxiv.org/abs/2111.05177). Memory of K visits, at any depth of solve."""
+    with torch.no_grad():
+        x = find(f, x)
+    for _ in range(block.phantom_steps):
+        change = f(x) - x
+        x = x + block.phantom_damping * change
+    return AddPenalty.apply(x, block.penalty * change.square().mean(-1).sum()) if block.penalty else x
+
+
+def implicit_gradient(block: Equilibrium, f: Callable, find: Callable, x: Tensor) -> Tensor:
+    """The implicit function theorem (Bai et al. 2019, https://arxiv.org/abs/1909.01377): the backward pass solves
+    v = g + J^T v by the forward's own solver, with J at one evaluation from the solved point. Memory of one visit."""
+    with torch.no_grad():
+        x = find(f, x)
+    y = f(x.requires_grad_())
+
+    def adjoint(g: Tensor) -> Tensor:
+        handle.remove()  # the hook must not see its own products
+        return find(lambda v: g + torch.autograd.grad(y, x, v, retain_graph=True)[0], g)
+
+    handle = y.register_hook(adjoint)
+    return y
+
+
+def unrolled_gradient(block: Equilibrium, f: Callable, find: Callable, x: Tensor) -> Tensor:
+    """Back-propagation through every iteration, mixing coefficients held constant. Memory of all visits: the control."""
+    return find(f, x)
+
+
+DEQ_GRADS = {"phantom": phantom_gradient, "ift": implicit_gradient, "unroll": unrolled_gradient}
+
+
+class AddPenalty(torch.autograd.Function):
+    """x, with a scalar added to the loss: its value appears nowhere, its gradient does."""
+
+    @staticmethod
+    def forward(ctx, x, loss):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx, torch.ones((), device=dx.device)
+
+
+def equilibrium_map(block: Equilibrium, x: Tensor, z: Tensor, rope, docs: Tensor | None, ops: Ops) -> Tensor:
+    """f(x; z) = norm(u + attention + MLP), u = carry x + inject z: fp32 [B, T, D], z [B, T, D] -> fp32 [B, T, D]."""
+    u = block.resid_mix[0] * x + block.resid_mix[1] * z
+    n = norm(u).to(z.dtype)
+    h = u + block.attn(n, rope, docs, block.scale, block.attn_scale, ops)
+    inner = n if block.residual == "parallel" else norm(h).to(z.dtype)
+    return norm(h + block.mlp(inner, block.scale, block.mlp_scale, ops))
+
+
+class Equilibrium(Block):
+    """x* = f(x*; z): a layer iterated to its fixed point, its input z injected at every iteration."""
+
+    def __init__(self, cfg: Config, layer: LayerSpec, name: str, backend: str):
+        super().__init__(cfg, layer, name, backend)
+        self.resid_mix = nn.Parameter(torch.full((2, cfg.model_dim), 0.5))  # carry and injection, whatever RESID_MIX
+        history = cfg.deq_anderson_history if cfg.deq_solver == "anderson" else 1
+        self.solver = Solver(history, cfg.deq_tol, cfg.deq_max_iter_train, cfg.deq_max_iter_eval)
+        self.gradient = DEQ_GRADS[cfg.deq_grad]
+        self.phantom_steps, self.phantom_damping = cfg.deq_phantom_steps, cfg.deq_phantom_damping
+        self.penalty = cfg.deq_residual_penalty / cfg.train_batch_tokens
+        self.trace: list[Tensor] | None = None  # collects the residuals of the next visits
+
+    def visit(self, parts: Mapping[str, Callable], x: Tensor, x0: Tensor, *context: Any) -> Tensor:
+        """The stream x [B, T, D] is what is injected and where the solve starts; the fixed point leaves."""
+        z, learning = norm(x), torch.is_grad_enabled()
+        count = self.solver.learning if learning else self.solver.scoring
+
+        def f(state: Tensor) -> Tensor:
+            return parts["equilibrium"](self, state, z, *context)
+
+        def find(function: Callable, start: Tensor) -> Tensor:
+            return solve(function, start, count, self.solver, parts["solver"], z.dtype, self.trace)
+
+        found = self.gradient(self, f, find, z.float()) if learning else find(f, z.float())
+        return found.to(x.dtype)
+
+
+BLOCKS: dict[str, type[Block]] = {"plain": Block, "equilibrium": Equilibrium}
+
+
+class Visits(NamedTuple):
+    """What an equilibrium layer costs a training step, in visits of a plain layer: FLOPs, and memory kept."""
+
+    flops: float
+    memory: float
+
+
+def visits_of(cfg: Config, layer: int) -> Visits:
+    """A forward pass is a third of a visit's FLOPs, a product with its transposed Jacobian another third."""
+    if layer != cfg.deq_layer:
+        return Visits(1, 1)
+    depth, steps = cfg.deq_max_iter_train, cfg.deq_phantom_steps
+    return {
+        "phantom": Visits(depth / 3 + steps, steps + 2),
+        "ift": Visits(1 + 2 * depth / 3, 3),
+        "unroll": Visits(depth, depth + 2),
+    }[cfg.deq_grad]
+
+
 # ######################################################################################################################
 # 7  Model
 # ######################################################################################################################
@@ -2220,6 +2468,8 @@ def compiler(cfg: Config, device: torch.device) -> Callable[[Callable], Callable
     if device.type != "cuda" or not cfg.compile:
         return identity
     torch._dynamo.config.recompile_limit = 64
+    if cfg.deq_grad == "ift":  # walks one graph several times
+        torch._functorch.config.donated_buffer = False
     return functools.partial(torch.compile, fullgraph=True, dynamic=False)
 
 
@@ -2238,7 +2488,7 @@ class GPT(nn.Module):
         self.head = None if cfg.tie_embeddings else linear("head", cfg.model_dim, cfg.vocab_size, init="zero")
         self.mixer = SmearGate(cfg) if cfg.smear_gate else NoMixer(cfg)
         layers = enumerate(layer_table(cfg))
-        self.blocks = nn.ModuleList(Block(cfg, layer, f"blocks.{i}", backend) for i, layer in layers)
+        self.blocks = nn.ModuleList(BLOCKS[layer.kind](cfg, layer, f"blocks.{i}", backend) for i, layer in layers)
         self.skips = nn.ModuleDict({f"{s}_{d}": SKIPS[cfg.skip_kind](cfg) for d, s in skip_pairs(cfg).items()})
         self.schedules = {looping: schedule(cfg, looping) for looping in (False, True)}
         self.head_tap: Callable[[Tensor], None] | None = None
@@ -2264,7 +2514,7 @@ class GPT(nn.Module):
         for visit in self.schedules[looping]:
             if visit.skip_from is not None:
                 x = self.parts["skip"](self.skips[f"{visit.skip_from}_{visit.layer}"], x, kept.pop(visit.skip_from))
-            x = self.parts["block"](self.blocks[visit.layer], x, x0, rope, docs, self.ops)
+            x = self.blocks[visit.layer].visit(self.parts, x, x0, rope, docs, self.ops)
             if visit.keep:
                 kept[visit.layer] = x
         return x
@@ -2308,6 +2558,8 @@ def head_nll(x: Tensor, weight: Tensor, targets: Tensor, cap: float, ops: Ops) -
 PARTS: dict[str, Callable] = {
     "embed": embed,
     "block": Block.forward,
+    "equilibrium": equilibrium_map,
+    "solver": solver_step,
     "skip": join,
     "nll": head_nll,
     "logits": head_logits,
@@ -2324,7 +2576,7 @@ def flops_per_token(cfg: Config, looping: bool) -> float:
     """Model FLOPs of a training token: 6 x matrix weights applied (every visit, head included) + 6 T H K a visit."""
     width, hidden = cfg.model_dim, int(cfg.model_dim * cfg.mlp_mult)
     layer = width * (2 * width + 2 * cfg.num_kv_heads * cfg.head_dim + 2 * hidden)
-    visits = len(virtual_order(cfg, looping))
+    visits = sum(visits_of(cfg, layer).flops for layer in virtual_order(cfg, looping))
     return 6 * (visits * layer + width * cfg.vocab_size) + 6 * cfg.train_seq_len * width * visits
 
 
@@ -2594,7 +2846,7 @@ def micro_sequences(cfg: Config, run: Run) -> int:
     if cfg.micro_batch_tokens or run.device.type == "cpu":
         return min(share, max(1, (cfg.micro_batch_tokens or 16384) // cfg.train_seq_len))
     free = torch.cuda.mem_get_info(run.device)[0]
-    visits = len(virtual_order(cfg, True))
+    visits = sum(visits_of(cfg, layer).memory for layer in virtual_order(cfg, True))
     token_bytes = 2 * ((10 + 2.5 * cfg.mlp_mult) * cfg.model_dim * visits + 4 * cfg.vocab_size)
     most = max(1, int(0.85 * free / token_bytes / cfg.train_seq_len))
     pieces = -(-share // most)

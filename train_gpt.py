@@ -166,6 +166,8 @@ class Config:
                            choices=("anderson", "picard"))
     deq_anderson_history: int = knob("model", 5, "residuals that Anderson mixing combines, of each token by itself",
                                      lo=1, hi=8)
+    deq_anderson_window: int = knob("model", 8, "tokens, itself and those to its left, whose residuals fit a token's "
+                                    "coefficients: a power of two", lo=1, hi=1024)
     deq_tol: float = knob("model", 1e-3, "relative residual at which a token is frozen; 0: never", lo=0, hi=1)
     tie_embeddings: bool = knob("model", True, "the head is the embedding transposed")
     tied_embed_init_std: float = knob("model", 0.005, "standard deviation of the initial embedding", lo=0)
@@ -401,6 +403,8 @@ MODEL_CHECKS: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda c: not c.loops or c.loop_start <= c.loop_end < c.num_layers,
      "LOOP_START={loop_start} <= LOOP_END={loop_end} < NUM_LAYERS={num_layers} must hold (or set NUM_LOOPS=0)"),
     (lambda c: c.deq_layer < c.num_layers, "DEQ_LAYER={deq_layer} must be below NUM_LAYERS={num_layers}"),
+    (lambda c: c.deq_anderson_window & (c.deq_anderson_window - 1) == 0,
+     "DEQ_ANDERSON_WINDOW={deq_anderson_window} must be a power of two"),
     (lambda c: c.attn_gate_dims <= c.model_dim,
      "ATTN_GATE_DIMS={attn_gate_dims} must not exceed MODEL_DIM={model_dim}"),
     (lambda c: c.eval_stride <= c.eval_seq_len, "EVAL_STRIDE={eval_stride} exceeds EVAL_SEQ_LEN={eval_seq_len}"),
@@ -417,6 +421,7 @@ TRAIN_CHECKS: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda c: not c.max_wallclock_seconds or c.gptq_reserve_seconds < c.max_wallclock_seconds,
      "GPTQ_RESERVE_SECONDS={gptq_reserve_seconds} must be less than MAX_WALLCLOCK_SECONDS={max_wallclock_seconds}"),
     (lambda c: c.weights != "ema" or c.ema_decay > 0, "WEIGHTS=ema needs EMA_DECAY > 0"),
+    (lambda c: not c.deq_residual_penalty or c.deq_grad == "phantom", "DEQ_RESIDUAL_PENALTY needs DEQ_GRAD=phantom"),
     (lambda c: not c.size_limit or c.size_target <= c.size_limit,
      "SIZE_TARGET={size_target} must not exceed SIZE_LIMIT={size_limit}"),
 )  # fmt: skip
@@ -2257,16 +2262,32 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return (a.to(wide) * b.to(wide)).sum(-1, keepdim=True)
 
 
-def solve_ridge(rows: tuple[Tensor, ...], target: Tensor) -> list[Tensor]:
-    """c of min |target - sum c_i rows_i|^2 + ridge |c|^2, of each token by itself: n x [..., D] -> n x [..., 1].
+def left_sums(values: Tensor, window: int, docs: Tensor | None) -> Tensor:
+    """Sums over each token and the ``window`` - 1 (a power of two, less one) to its left, inside its document:
+    [B, T, n] -> the same, by doubling."""
+    reach = 1
+    while reach < min(window, values.shape[1]):
+        before = F.pad(values[:, :-reach], (0, 0, reach, 0))
+        if docs is not None:
+            before = before * (docs == F.pad(docs[:, :-reach], (reach, 0), value=-1))[..., None]
+        values, reach = values + before, 2 * reach
+    return values
+
+
+def solve_ridge(rows: tuple[Tensor, ...], target: Tensor, window: int = 1, docs: Tensor | None = None) -> list[Tensor]:
+    """c of min sum |target - sum c_i rows_i|^2 + ridge |c|^2 over each token's window: n x [B, T, D] -> n x [B, T, 1].
 
     The normal equations by LDL^T, unrolled over the n (n + 1) / 2 entries: elementwise passes that the compiler fuses,
     no library call, no host. A row of zeros gets the coefficient 0.
     """
     n = len(rows)
-    gram = [[dot(rows[i], rows[j]) for j in range(i + 1)] for i in range(n)]
-    c = [dot(row, target) for row in rows]
-    ridge = RIDGE / max(n, 1) * sum(gram[i][i] for i in range(n))
+    if not n:
+        return []
+    products = [dot(rows[i], rows[j]) for i in range(n) for j in range(i + 1)] + [dot(row, target) for row in rows]
+    sums = list(left_sums(torch.cat(products, -1), window, docs).split(1, -1))
+    gram = [[sums[i * (i + 1) // 2 + j] for j in range(i + 1)] for i in range(n)]
+    c = sums[-n:]
+    ridge = RIDGE / n * sum(gram[i][i] for i in range(n))
     lower: list[list[Tensor]] = []
     pivots: list[Tensor] = []
     for i in range(n):
@@ -2295,13 +2316,16 @@ class SolverState(NamedTuple):
     residuals: tuple[Tensor, ...]
 
 
-def solver_step(state: SolverState, image: Tensor, tol: float, kept: torch.dtype) -> SolverState:
+def solver_step(
+    state: SolverState, image: Tensor, docs: Tensor | None, tol: float, window: int, kept: torch.dtype
+) -> SolverState:
     """One step of Anderson's method (type II) by every token for itself; without history, Picard's x <- f(x).
 
     x' = f - sum c_i df_i, where c fits the residual g = f - x by its last differences dg_i (least squares with a ridge,
     |c_i| <= MOST_MIXING). A token with |g| <= tol |f| takes f and is frozen: whatever happens to its left, it stays.
-    Every sum runs over the width alone, so that a token's solve depends on no token to its right and on no other
-    sequence. Differences are kept in ``kept``: rounding them to bf16 is harmless, rounding x or f is not.
+    Sums run over the width and the window's tokens to the left, so that a token's solve depends on no token to its
+    right and on no other sequence. Differences are kept in ``kept``: rounding them to bf16 does no harm, rounding x
+    or f would.
     """
     residual = (image - state.x).detach()
     size = (dot(residual, residual) / dot(image.detach(), image.detach()).clamp_min(1e-30)).sqrt()
@@ -2310,7 +2334,7 @@ def solver_step(state: SolverState, image: Tensor, tol: float, kept: torch.dtype
         images = ((image - state.image).to(kept), *images[:-1])
         residuals = ((residual - state.residual).to(kept), *residuals[:-1])
     x = image
-    if c := solve_ridge(residuals, residual):
+    if c := solve_ridge(residuals, residual, window, docs):
         largest = c[0].abs()
         for value in c[1:]:
             largest = torch.maximum(largest, value.abs())
@@ -2322,17 +2346,24 @@ def solver_step(state: SolverState, image: Tensor, tol: float, kept: torch.dtype
 
 
 class Solver(NamedTuple):
-    """How a fixed point is found: residuals combined (1: Picard), tolerance, and the most iterations while learning
-    and otherwise."""
+    """How a fixed point is found: residuals combined (1: Picard), tokens whose residuals fit the coefficients,
+    tolerance, and the most iterations while learning and otherwise."""
 
     history: int
+    window: int
     tol: float
     learning: int
     scoring: int
 
 
 def solve(
-    f: Callable[[Tensor], Tensor], x: Tensor, iterations: int, solver: Solver, step: Callable, kept: torch.dtype,
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    iterations: int,
+    solver: Solver,
+    step: Callable,
+    kept: torch.dtype,
+    docs: Tensor | None = None,
     trace: list[Tensor] | None = None,
 ) -> Tensor:
     """A fixed point of f: [..., D] -> [..., D], from x on. Always ``iterations`` evaluations of f: nothing is asked of
@@ -2342,7 +2373,7 @@ def solve(
     state = SolverState(x, size.bool(), size, None, None, blank, blank)
     for _ in range(iterations):
         frozen, before = state.frozen, state.size
-        state = step(state, f(state.x), solver.tol, kept)
+        state = step(state, f(state.x), docs, solver.tol, solver.window, kept)
         if trace is not None:
             trace.append(torch.where(frozen, before, state.size)[..., 0])
             state = state._replace(size=trace[-1][..., None])
@@ -2351,7 +2382,7 @@ def solve(
 
 def phantom_gradient(block: Equilibrium, f: Callable, find: Callable, x: Tensor) -> Tensor:
     """K damped steps x <- x + d (f(x) - x) from the solved point, differentiated: K terms of the Neumann series of the
-    implicit gradient (Geng et al. 2021, https://arxiv.org/abs/2111.05177). Memory of K visits, at any depth of solve."""
+    implicit gradient (Geng et al. 2021, https://arxiv.org/abs/2111.05177). Memory of K visits at any depth."""
     with torch.no_grad():
         x = find(f, x)
     for _ in range(block.phantom_steps):
@@ -2376,7 +2407,7 @@ def implicit_gradient(block: Equilibrium, f: Callable, find: Callable, x: Tensor
 
 
 def unrolled_gradient(block: Equilibrium, f: Callable, find: Callable, x: Tensor) -> Tensor:
-    """Back-propagation through every iteration, mixing coefficients held constant. Memory of all visits: the control."""
+    """The control: back-propagation through every iteration, mixing coefficients held constant. Memory of them all."""
     return find(f, x)
 
 
@@ -2411,22 +2442,26 @@ class Equilibrium(Block):
         super().__init__(cfg, layer, name, backend)
         self.resid_mix = nn.Parameter(torch.full((2, cfg.model_dim), 0.5))  # carry and injection, whatever RESID_MIX
         history = cfg.deq_anderson_history if cfg.deq_solver == "anderson" else 1
-        self.solver = Solver(history, cfg.deq_tol, cfg.deq_max_iter_train, cfg.deq_max_iter_eval)
+        self.solver = Solver(
+            history, cfg.deq_anderson_window, cfg.deq_tol, cfg.deq_max_iter_train, cfg.deq_max_iter_eval
+        )
         self.gradient = DEQ_GRADS[cfg.deq_grad]
         self.phantom_steps, self.phantom_damping = cfg.deq_phantom_steps, cfg.deq_phantom_damping
         self.penalty = cfg.deq_residual_penalty / cfg.train_batch_tokens
         self.trace: list[Tensor] | None = None  # collects the residuals of the next visits
 
-    def visit(self, parts: Mapping[str, Callable], x: Tensor, x0: Tensor, *context: Any) -> Tensor:
+    def visit(
+        self, parts: Mapping[str, Callable], x: Tensor, x0: Tensor, rope, docs: Tensor | None, ops: Ops
+    ) -> Tensor:
         """The stream x [B, T, D] is what is injected and where the solve starts; the fixed point leaves."""
         z, learning = norm(x), torch.is_grad_enabled()
         count = self.solver.learning if learning else self.solver.scoring
 
         def f(state: Tensor) -> Tensor:
-            return parts["equilibrium"](self, state, z, *context)
+            return parts["equilibrium"](self, state, z, rope, docs, ops)
 
         def find(function: Callable, start: Tensor) -> Tensor:
-            return solve(function, start, count, self.solver, parts["solver"], z.dtype, self.trace)
+            return solve(function, start, count, self.solver, parts["solver"], z.dtype, docs, self.trace)
 
         found = self.gradient(self, f, find, z.float()) if learning else find(f, z.float())
         return found.to(x.dtype)
@@ -3782,6 +3817,108 @@ EVALS = (
 )
 STAGE_NAMES = {"quantized_sliding_window": "sliding", "quantized_ttt": "ttt"}
 
+DEPTHS = (1, 2, 4, 8, 12, 16, 32)  # iterations at which an equilibrium is scored; the last is taken as converged
+PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+
+
+@contextlib.contextmanager
+def solving(model: GPT, **changes: Any) -> Iterator[Equilibrium]:
+    """The model's equilibrium layer with other settings of its solver inside the block."""
+    block = model.blocks[model.cfg.deq_layer]
+    own, parts = block.solver, model.parts
+    block.solver = own._replace(**changes)
+    try:
+        yield block
+    finally:
+        block.solver, block.trace, model.parts = own, None, parts
+
+
+def residual_report(model: GPT, ids: Tensor, looping: bool, history: int, tol: float) -> dict[str, Any]:
+    """Percentiles over tokens of the relative residual at every iteration, and iterations until each is <= tol."""
+    with solving(model, history=history, tol=0.0, scoring=DEPTHS[-1]) as block:
+        block.trace = []
+        model.hidden(ids, looping)
+        sizes = torch.stack(block.trace[-DEPTHS[-1] :]).flatten(1).float().cpu().numpy()
+    found: dict[str, Any] = {name: np.quantile(sizes, q, axis=1).tolist() for name, q in PERCENTILES.items()}
+    hits = {name: np.flatnonzero(np.asarray(found[name]) <= tol) for name in PERCENTILES}
+    return found | {"iterations": {name: int(hit[0]) + 1 if len(hit) else None for name, hit in hits.items()}}
+
+
+def solve_seconds(run: Run, model: GPT, ids: Tensor, looping: bool, step: Callable | None, history: int) -> float:
+    """Seconds of a forward pass at the deepest solve with a solver step (None: the model's own), compiled before."""
+    with solving(model, history=history, tol=0.0, scoring=DEPTHS[-1]):
+        model.parts = model.parts | ({"solver": step} if step else {})
+        model.hidden(ids, looping)
+        with stopwatch(run) as seconds:
+            model.hidden(ids, looping)
+            return seconds()
+
+
+def spectral_radius(model: GPT, ids: Tensor, looping: bool, rounds: int = 32) -> list[float]:
+    """(|v J^n| / |v J^(n/2)|)^(2/n) of each sequence, J the map's Jacobian at the solved point: power iteration by
+    transposed products. Plain iteration converges where it is below 1, its residual falling by that factor a step."""
+    last: dict[str, tuple] = {}
+    with solving(model, tol=0.0, scoring=DEPTHS[-1]):
+        model.parts = PARTS | {"equilibrium": lambda *args: equilibrium_map(*(last.update(args=args) or args))}
+        model.hidden(ids, looping)
+    block, x, *rest = last["args"]
+    with torch.enable_grad():
+        y = equilibrium_map(block, x.requires_grad_(), *rest)
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    growth = torch.zeros(len(x), device=x.device)
+    for index in range(rounds):
+        v = v / v.flatten(1).norm(dim=1)[:, None, None].clamp_min(1e-30)
+        v = torch.autograd.grad(y, x, v, retain_graph=True)[0]
+        growth += (v.flatten(1).norm(dim=1) + 1e-30).log() * (index >= rounds // 2)
+    return (growth / (rounds - rounds // 2)).exp().tolist()
+
+
+@torch.no_grad()
+def probe_equilibrium(run: Run, model: GPT, val: ValStream, looping: bool) -> dict[str, Any]:
+    """What the solver does on the first windows of the validation text, for result.json:
+
+    residuals (median by iteration, the configured solver), anderson and picard (percentiles by iteration; iterations to
+    DEQ_TOL or 1e-3; seconds of a forward pass of 32), overhead (Anderson's time over that of the map alone, less 1),
+    spectral_radius (of a few sequences), depth (iterations -> nats a token and bits a byte of these windows).
+    """
+    cfg, own = run.cfg, model.blocks[run.cfg.deq_layer].solver
+    length = min(cfg.eval_seq_len, val.targets)
+    count = max(1, min(cfg.val_batch_tokens, val.targets) // length)
+    place = torch.arange(count * length).view(count, length)
+    ids, targets = (val.tokens[at].long().to(run.device) for at in (place, place + 1))
+    tol, history = own.tol or 1e-3, {"anderson": max(own.history, 2), "picard": 1}
+    found: dict[str, Any] = {"tokens": count * length, "tol": tol, "depth": {}}
+    for name, kept in history.items():
+        found[name] = residual_report(model, ids, looping, kept, tol)
+        found[name]["seconds"] = solve_seconds(run, model, ids, looping, None, kept)
+    bare = solve_seconds(run, model, ids, looping, lambda state, image, *_: state._replace(x=image), 1)
+    found["overhead"] = found["anderson"]["seconds"] / bare - 1
+    found["residuals"] = found["picard" if own.history == 1 else "anderson"]["p50"]
+    found["spectral_radius"] = spectral_radius(model, ids[:4], looping)
+    for depth in DEPTHS:
+        with solving(model, scoring=depth):
+            nats = float(model.nll(model.hidden(ids, looping), targets).double().sum())
+        size = int(val.nbytes[: count * length].sum())
+        found["depth"][depth] = dict(loss=nats / (count * length), bpb=nats / math.log(2) / size)
+    return found
+
+
+class Probe(NamedTuple):
+    """What a mechanism measures of itself on validation text once the scores are in: its object in result.json."""
+
+    name: str
+    wanted: Callable[[Config], bool]
+    measure: Callable[[Run, GPT, ValStream, bool], dict[str, Any]]
+
+
+PROBES = (Probe("deq", lambda cfg: cfg.deq_layer >= 0, probe_equilibrium),)
+
+
+def probe(run: Run, model: GPT, val: ValStream, looping: bool) -> dict[str, Any]:
+    """Every wanted probe of this configuration, on rank 0 (the others get nothing and do not wait)."""
+    wanted = [row for row in PROBES if run.main and row.wanted(run.cfg)]
+    return {row.name: row.measure(run, model, val, looping) for row in wanted}
+
 
 def log_stage(run: Run, label: str, score: Score) -> None:
     run.log(f"{label} val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f} eval_time:{1e3 * score.seconds:.0f}ms")
@@ -3924,6 +4061,8 @@ def pick_weights(
     chosen = min(losses, key=losses.get) if cfg.weights not in candidates else cfg.weights
     run.log(f"weights: {chosen} (loss on calibration text: {', '.join(f'{k} {v:.4f}' for k, v in losses.items())})")
     result["weights"] = chosen
+    with swapped(model, candidates[chosen]):
+        result |= {f"{name}_float": found for name, found in probe(run, model, val, looping).items()}
     if run.main:
         save_tensors(run.folder / "model.pt", {label: dict(state) for label, state in candidates.items()})
     return candidates[chosen]
@@ -4108,6 +4247,7 @@ def finish(run: Run, trainer: Trainer, script: Path, artifact: Path, result: dic
     if not run.main:
         return
     result["stages"] |= scored["stages"]
+    result |= scored["probes"]
     result["status"] = "done"
     total = result["total_bytes"]
     sizes = {"float": 4 * params} | {name: total for name in scored["stages"]}
@@ -4159,7 +4299,9 @@ def eval_command(path: Path, env: Mapping[str, str], launch: Launch) -> None:
     if run.main:
         if cfg.save_scores:
             save_scores(run.folder / "scores.npz", score, val, ledger)
-        write_json(run.folder / "eval.json", dict(stages=stages, seconds=time.time() - LAUNCHED))
+        seconds = time.time() - LAUNCHED
+        probes = probe(run, model, val, artifact.looping)
+        write_json(run.folder / "eval.json", dict(stages=stages, seconds=seconds, probes=probes))
     run.log(f"total_eval_time:{time.time() - LAUNCHED:.1f}s")
 
 

@@ -19,7 +19,7 @@ importing this file does nothing):
      3  Data              shards, the training stream, bytes per token, the validation stream
      4  Linear maps       every matrix of the model
      5  Layers            norm, rotary, attend(), attention, MLP, token mixers, the block
-     6  Depth             which layer runs when: recurrence and skips
+     6  Depth             which layer runs when: recurrence and skips; the equilibrium
      7  Model             embed, walk the schedule, head, loss
      8  Optimizers        Muon, AdamW, EMA, and the table that gives every parameter one owner
      9  Training          schedules, the step, the loop, checkpoints
@@ -234,7 +234,7 @@ class Config:
     sliding_window_enabled: bool = knob("eval", True, "score with sliding windows after the plain score")
     val_batch_tokens: int = knob("eval", 131072, "tokens of one evaluation forward on one rank", lo=2)
     eval_budget_seconds: float = knob("eval", 600.0, "evaluation clock; test-time training shrinks to fit it", lo=1)
-    deq_max_iter_eval: int = knob("eval", 16, "most solver iterations in evaluation", lo=1, hi=256)
+    deq_max_iter_eval: int = knob("eval", 12, "most solver iterations in evaluation", lo=1, hi=256)
     ttt_enabled: bool = knob("eval", False, "score-first test-time training as the last stage")
     ttt_lr: float = knob("eval", 0.005, "SGD learning rate of the first chunk; cosine to 0", lo=0)
     ttt_momentum: float = knob("eval", 0.9, "SGD momentum", lo=0, hi=1)
@@ -310,13 +310,14 @@ PRESETS: dict[str, Preset] = {
         ),
     ),  # fmt: skip
     "deq": Preset(
-        "one block run to its fixed point",
+        "the deep-equilibrium model PR #1783 meant: one block of 19.9 M weights run to its fixed point. Mended: the "
+        "fixed point exists, one causal solver trains and scores, the artifact is packed and scored.",
         dict(
             num_layers=1,
-            model_dim=1280,
-            num_heads=20,
-            num_kv_heads=10,
-            mlp_mult=4.0,
+            model_dim=1024,
+            num_heads=16,
+            num_kv_heads=8,
+            mlp_mult=8.0,
             xsa_last_n=1,
             ln_scale=False,
             skip_kind="none",
@@ -2368,9 +2369,10 @@ def solve(
 ) -> Tensor:
     """A fixed point of f: [..., D] -> [..., D], from x on. Always ``iterations`` evaluations of f: nothing is asked of
     the device. ``trace`` collects the relative residual [...] of each, a frozen token's as it froze."""
-    blank = (torch.zeros_like(x, dtype=kept),) * (solver.history - 1)
+    # one tensor each, although all are zeros: the compiler makes another graph for every pattern of shared inputs
+    images, residuals = (tuple(torch.zeros_like(x, dtype=kept) for _ in range(solver.history - 1)) for _ in range(2))
     size = torch.zeros_like(x[..., :1])
-    state = SolverState(x, size.bool(), size, None, None, blank, blank)
+    state = SolverState(x, size.bool(), size, None, None, images, residuals)
     for _ in range(iterations):
         frozen, before = state.frozen, state.size
         state = step(state, f(state.x), docs, solver.tol, solver.window, kept)
@@ -2385,6 +2387,7 @@ def phantom_gradient(block: Equilibrium, f: Callable, find: Callable, x: Tensor)
     implicit gradient (Geng et al. 2021, https://arxiv.org/abs/2111.05177). Memory of K visits at any depth."""
     with torch.no_grad():
         x = find(f, x)
+    x.requires_grad_()  # as in the later steps: one graph serves all
     for _ in range(block.phantom_steps):
         change = f(x) - x
         x = x + block.phantom_damping * change
@@ -2436,7 +2439,18 @@ def equilibrium_map(block: Equilibrium, x: Tensor, z: Tensor, rope, docs: Tensor
 
 
 class Equilibrium(Block):
-    """x* = f(x*; z): a layer iterated to its fixed point, its input z injected at every iteration."""
+    """x* = f(x*; z): a layer iterated to its fixed point, its input z injected at every iteration (Bai et al. 2019).
+
+    f(x; z) = norm(u + attention + MLP), u = carry x + inject z: the norm is outside the residual. The state stays on a
+    sphere, so no iterate can diverge and no scale of the weights matters, and what the layer adds shrinks its own
+    slope: with s the sum's size before the norm, f' = (carry + branches') / s across x. Starts as the identity with
+    slope 1/2: carry = inject = 1/2 [D] each, output maps zero, x* = norm(z). Of the maps tried on
+    web text (width 128, 0.4 M tokens, a CPU) this one had the lowest loss and the fewest iterations: attention on x
+    instead of u +0.015 nats and twice as many; bounded branches equal loss and a third more; the plain block looped
+    8 times +0.10 nats. Cost of a visit: that of a plain
+    layer, times ``visits_of``. The state is fp32, the branches compute in the model's type: bf16 iterates would stall
+    at a relative residual of 2^-9.
+    """
 
     def __init__(self, cfg: Config, layer: LayerSpec, name: str, backend: str):
         super().__init__(cfg, layer, name, backend)

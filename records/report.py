@@ -1177,6 +1177,26 @@ def plot_residuals(plt: Any, rows: Sequence[Row], path: Path) -> Path | None:
     return save(plt, figure, path)
 
 
+def plot_depth(plt: Any, rows: Sequence[Row], path: Path) -> Path | None:
+    """Bits a byte against the solver iterations of evaluation, from result.json's deq.depth."""
+    figure, axes = plt.subplots()
+    drawn = 0
+    for index, row in enumerate(rows):
+        for run in row.done[:1]:
+            depth = (run.result.get("deq") or {}).get("depth") or {}
+            points = sorted((int(count), found["bpb"]) for count, found in depth.items())
+            if points:
+                axes.semilogx(*zip(*points, strict=True), base=2, ms=5, label=row.name, **look(index))
+                drawn += 1
+    if not drawn:
+        plt.close(figure)
+        return None
+    axes.set(xlabel="solver iterations in evaluation", ylabel="bits per byte (first validation windows)")
+    axes.set_title("Depth as a dial after training")
+    legend(axes)
+    return save(plt, figure, path)
+
+
 TIME_PARTS = {
     "start-up": "startup_seconds", "train": "train_seconds", "Hessians": "hessian_seconds",
     "quantize, pack": "quantize_pack_seconds", "evaluate": "eval_seconds",
@@ -1194,6 +1214,7 @@ def draw_plots(rows: Sequence[Row], out: Path) -> list[Path]:
         stacked_bars(plt, rows, out / "bytes.png", sizes, 1e-6, ("Byte budget", "MB of 1,000,000 bytes (cap: 16)")),
         stacked_bars(plt, rows, out / "time.png", TIME_PARTS, 1.0, ("Time ledger", "seconds")),
         plot_residuals(plt, rows, out / "residuals.png"),
+        plot_depth(plt, rows, out / "depth.png"),
     ]
     return [path for path in made if path]
 
@@ -1226,6 +1247,7 @@ ATTRIBUTION: tuple[tuple[str, str, Callable[[dict], bool]], ...] = (
     ("row-normalized Muon", "#1285", lambda c: bool(c.get("muon_row_normalize"))),
     ("sparse attention gate", "#1787", lambda c: c.get("attn_gate") == "sparse"),
     ("SmearGate", "#1667", lambda c: bool(c.get("smear_gate"))),
+    ("one layer run to its fixed point", "#1783", lambda c: c.get("deq_layer", -1) >= 0),
     ("score-first test-time training", "#461, #549", lambda c: bool(c.get("ttt_enabled"))),
 )
 

@@ -47,6 +47,9 @@ MECHANISMS = {
     "sequential": dict(parallel_residual_start=-1),
     "no_xsa": dict(xsa_last_n=0),
     "full_rope": dict(rope_dims=0),
+    "equilibrium": dict(deq_layer=1),
+    "equilibrium_looped": dict(deq_layer=3, deq_grad="ift"),
+    "equilibrium_unrolled": dict(deq_layer=5, deq_grad="unroll", deq_solver="picard"),
 }
 
 
@@ -70,13 +73,13 @@ def tiny_values(preset: str) -> dict[str, Any]:
     """Overrides that shrink a preset and keep its features on."""
     full, _ = tg.read_config({"PRESET": preset})
     return dict(
-        vocab_size=VOCAB, model_dim=64, num_heads=4, num_kv_heads=2, num_layers=6, mlp_mult=2,
+        vocab_size=VOCAB, model_dim=64, num_heads=4, num_kv_heads=2, num_layers=min(6, full.num_layers), mlp_mult=2,
         loop_start=2, loop_end=3, parallel_residual_start=3 if full.parallel_residual_start >= 0 else -1,
         xsa_last_n=min(6, full.xsa_last_n), rope_dims=8 if full.rope_dims else 0, train_seq_len=32, eval_seq_len=32,
         train_batch_tokens=128, micro_batch_tokens=64, iterations=4, max_wallclock_seconds=0, warmup_steps=0,
         eval_stride=8, val_batch_tokens=128, ttt_chunk_tokens=64, ttt_batch_seqs=2, ttt_epochs=1,
         gptq_batch_tokens=128, gptq_calibration_batches=4, size_target=0, checkpoint_every=0, val_loss_every=0,
-        train_log_every=1, device="cpu", threads=1,
+        train_log_every=1, device="cpu", threads=1, deq_max_iter_train=4, deq_max_iter_eval=6, deq_phantom_steps=2,
     )  # fmt: skip
 
 

@@ -199,6 +199,9 @@ CONTRADICTIONS = {
     "gate": ({"ATTN_GATE_DIMS": "513"}, "ATTN_GATE_DIMS"),
     "reserve": ({"GPTQ_RESERVE_SECONDS": "580"}, "GPTQ_RESERVE_SECONDS"),
     "size": ({"SIZE_TARGET": "17000000"}, "SIZE_TARGET"),
+    "equilibrium": ({"DEQ_LAYER": "11"}, "DEQ_LAYER"),
+    "window": ({"DEQ_ANDERSON_WINDOW": "12"}, "DEQ_ANDERSON_WINDOW"),
+    "penalty": ({"DEQ_RESIDUAL_PENALTY": "1", "DEQ_GRAD": "ift"}, "DEQ_GRAD"),
 }
 
 

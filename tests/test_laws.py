@@ -1209,7 +1209,8 @@ def factors() -> dict[str, list]:
             found[field.name] = list(field.metadata["choices"])
     found["compressor"] = available_compressors()
     numbers = dict(num_loops=[0, 1, 3], parallel_residual_start=[-1, 0, 3], xsa_last_n=[0, 3], rope_dims=[0, 8],
-                   mlp_slope=[0.0, 0.5], num_kv_heads=[1, 4], matrix_bits=[4, 6, 8], ema_decay=[0.0, 0.99])  # fmt: skip
+                   mlp_slope=[0.0, 0.5], num_kv_heads=[1, 4], matrix_bits=[4, 6, 8], ema_decay=[0.0, 0.99],
+                   deq_layer=[-1, 0, 3])  # fmt: skip
     return found | numbers
 
 

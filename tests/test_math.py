@@ -553,8 +553,8 @@ def test_flops_count_every_visit(preset, looping, monkeypatch):
     total = 0
     for layer in tg.virtual_order(cfg, looping):
         of_layer = (p.numel() for name, p in params.items() if name.startswith(f"blocks.{layer}.") and "weight" in name)
-        total += 6 * sum(of_layer) + 6 * cfg.train_seq_len * cfg.model_dim
-    assert tg.flops_per_token(cfg, looping) == total + 6 * cfg.vocab_size * cfg.model_dim
+        total += tg.visits_of(cfg, layer).flops * (6 * sum(of_layer) + 6 * cfg.train_seq_len * cfg.model_dim)
+    assert tg.flops_per_token(cfg, looping) == pytest.approx(total + 6 * cfg.vocab_size * cfg.model_dim, rel=1e-12)
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------

@@ -224,10 +224,15 @@ def test_plots_are_made_and_labelled(tmp_path):
     pytest.importorskip("matplotlib")
     for seed in (1, 2):
         make_run(tmp_path / f"base-s{seed}", seed)
-        make_run(tmp_path / f"deq-s{seed}", seed, 1.1, deq=dict(residuals=[0.5, 0.1, 0.01]))
+        make_run(
+            tmp_path / f"deq-s{seed}",
+            seed,
+            1.1,
+            deq=dict(residuals=[0.5, 0.1, 0.01], depth={"1": dict(bpb=2.0), "4": dict(bpb=1.1)}),
+        )
     assert report.main(["plots", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     made = {path.name for path in (tmp_path / "out").iterdir()}
-    assert made == {f"{n}.png" for n in ("loss_steps", "loss_seconds", "pareto", "bytes", "time", "residuals")}
+    assert made == {f"{n}.png" for n in ("loss_steps", "loss_seconds", "pareto", "bytes", "time", "residuals", "depth")}
     assert all((tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG" for name in made)
 
 

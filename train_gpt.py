@@ -3019,7 +3019,7 @@ def factor(H: Tensor, percdamp: float) -> Factor:
 
 
 def in_steps(W: Tensor, row: Tensor, col: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean square of the weights in units of their steps, as a product of a row's and a column's part [n, r], [n, c]."""
+    """Mean square of the weights in units of their steps, as a row's part [n, r] times a column's part [n, c]."""
     power = (W / (row[:, :, None] * col[:, None, :])).square()
     rows, cols = power.mean(2), power.mean(1)
     return rows, cols / cols.mean(1, keepdim=True).clamp_min(1e-30)
@@ -3463,13 +3463,15 @@ def _declared(header: dict, size: int) -> dict[str, int]:
     """Bytes of each kind of SIDE and of the integers, as the tensors' shapes imply; refuses the absurd."""
     counts = dict.fromkeys((*SIDE, "int"), 0)
     for _name, shape, codec in header["tensors"]:
-        if any(type(n) is not int or n < 0 for n in shape) or (codec == "int" and len(shape) != 2):
-            raise ValueError("a shape is none")
-        kinds = dict(
-            int=zip(("row", "row_scale", "col", "col_scale", "int"), [*shape[:1] * 2, *shape[1:] * 2, math.prod(shape)], strict=False),
-            half=[(kind, math.prod(shape)) for kind in ("low", "high")],
-        )  # fmt: skip
-        for kind, count in kinds[codec]:
+        if codec not in ("int", "half") or any(type(n) is not int or n < 0 for n in shape):
+            raise ValueError("a tensor has no such codec or shape")
+        if codec == "int":
+            if len(shape) != 2:
+                raise ValueError("integers that are no matrix")
+            found = dict(row=shape[0], row_scale=shape[0], col=shape[1], col_scale=shape[1], int=math.prod(shape))
+        else:
+            found = dict.fromkeys(("low", "high"), math.prod(shape))
+        for kind, count in found.items():
             counts[kind] += count
     most = min(LIMITS["elements"], 64 * size + (1 << 20))  # an eighth of a bit for each: nobody packs as well
     if len(header["tensors"]) > LIMITS["tensors"] or sum(counts.values()) > most:
@@ -3511,8 +3513,9 @@ def _read_body(header: dict, body: bytes) -> dict[str, Any]:
         contexts.append(levels(*exponents) if coder.modelled else np.broadcast_to(np.uint8(0), math.prod(shape)))
         stored[name] = exponents[:2]
     context = np.concatenate(contexts)
+    cut = [context[i : i + coder.chunk] for i in range(0, len(context), coder.chunk)]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        parts = list(pool.map(decoded, range(1, len(lengths)), [context[i : i + coder.chunk] for i in range(0, len(context), coder.chunk)]))
+        parts = list(pool.map(decoded, range(1, len(lengths)), cut))
     integers, begin = torch.frombuffer(bytearray(b"".join(parts)) or bytearray(1), dtype=torch.int8), 0
     for name, shape, codec in header["tensors"]:
         if codec == "int":
@@ -3536,8 +3539,8 @@ COARSE_RANGE = (-1.5, 3.5)  # log2 of the multiplier of all quantization steps t
 def fit(cfg: Config, quantizer: Quantizer, looping: bool, code: int) -> Export:
     """Quantize and pack so that code plus artifact come within 10 KB under SIZE_TARGET.
 
-    All steps share one multiplier 2^x, which is the one trade-off between loss and bytes: lambda = gain step^2 ln 2 / 12.
-    A weight's entropy falls by one bit an octave (less where it is small), so x follows by a secant from the size just
+    All steps share one multiplier 2^x: it is the one trade-off between loss and bytes, the same for every weight. The
+    entropy of a weight falls by one bit an octave (less where it is small), so x follows by a secant from the size just
     packed; the first guess takes all weights as Gaussian, which needs no rounding.
     """
     if not cfg.size_target:
@@ -3573,22 +3576,19 @@ def fit(cfg: Config, quantizer: Quantizer, looping: bool, code: int) -> Export:
 
 
 def ledger(quantizer: Quantizer, stored: Mapping[str, Any], hessians: Mapping, fisher: Mapping) -> dict[str, dict]:
-    """What each tensor takes and costs: ideal bytes, bits a weight, SNR in dB, error relative to the output's power
+    """What each tensor takes and costs: ideal bytes, bits a weight, SNR in dB, error over power at the map's output,
     tr(E H E^T) / tr(W H W^T), and the loss predicted from it, sum over rows of gain_r e_r H e_r^T / 2, nats a token."""
     rows, dense = {}, Artifact({}, False, dict(stored)).state()
     for name, size in code_bytes(stored).items():
-        W = quantizer.state[name].float()
-        error, gain = W - dense[name].to(W.device), torch.zeros(())
-        H = hessians.get(name)
-        weighted = (lambda A, H=H: (A @ H * A).sum(-1) if H is not None else A.square().sum(-1)) if W.dim() == 2 else torch.square
-        if name in fisher:
-            gain = fisher[name] / (H.trace() if H is not None else W.shape[1])
-        power = W.square().sum().clamp_min(1e-30)
+        W = torch.atleast_2d(quantizer.state[name].float())
+        error = W - dense[name].to(W.device).view_as(W)
+        H = hessians.get(name, torch.ones((), device=W.device))
+        out = [((A @ H if H.dim() else A) * A).sum(-1) for A in (error, W)]
+        gain = fisher[name] / (H.trace() if H.dim() else W.shape[1]) if name in fisher else torch.zeros_like(out[0])
+        signal, noise = (A.square().sum().clamp_min(1e-30) for A in (W, error))
         rows[name] = dict(
-            bytes=size, bits=8 * size / W.numel(), weights=W.numel(),
-            snr=float(10 * (power / error.square().sum().clamp_min(1e-30)).log10()),
-            error=float(weighted(error).sum() / weighted(W).sum().clamp_min(1e-30)),
-            loss=float((gain * weighted(error)).sum() / 2),
+            bytes=size, weights=W.numel(), bits=8 * size / W.numel(), snr=float(10 * (signal / noise).log10()),
+            error=float(out[0].sum() / out[1].sum().clamp_min(1e-30)), loss=float((gain * out[0]).sum() / 2),
         )  # fmt: skip
     return rows
 
@@ -3598,14 +3598,14 @@ def ledger_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     roles: dict[str, list] = {}
     for name, row in rows.items():
         roles.setdefault(re.sub(r"^(blocks|skips)\.\w+\.", "", name), []).append(row)
-    total = sum(row["loss"] for row in rows.values()) or 1.0
-    lines = [f"{'tensors':<24}{'weights':>10}{'bytes':>10}{'bits':>7}{'SNR dB':>8}{'error':>9}{'loss share':>12}"]
+    loss = sum(row["loss"] for row in rows.values())
+    lines = [f"{'tensors':<24}{'weights':>10}{'bytes':>10}{'bits':>7}{'SNR dB':>8}{'error':>9}{'of loss':>9}"]
     for role, group in roles.items():
-        weights, size = (sum(row[key] for row in group) for key in ("weights", "bytes"))
+        weights, size, part = (sum(row[key] for row in group) for key in ("weights", "bytes", "loss"))
         snr, error = (sum(row[key] for row in group) / len(group) for key in ("snr", "error"))
-        share = sum(row["loss"] for row in group) / total
-        lines.append(f"{role:<24}{weights:>10}{size:>10.0f}{8 * size / weights:>7.2f}{snr:>8.1f}{error:>9.5f}{share:>12.1%}")
-    return "\n".join([*lines, f"predicted loss of quantization: {sum(row['loss'] for row in rows.values()):.5f} nats a token"])
+        numbers = f"{8 * size / weights:>7.2f}{snr:>8.1f}{error:>9.5f}{part / (loss or 1):>9.1%}"
+        lines.append(f"{role:<24}{weights:>10}{size:>10.0f}{numbers}")
+    return "\n".join([*lines, f"predicted loss of quantization: {loss:.5f} nats a token"])
 
 
 STUB = "# packed by train_gpt.py pack\n"
@@ -4084,7 +4084,8 @@ def export(
         atomic_write(path, packed.blob)
         total = len(packed.blob) + code
         tensors = ledger(quantizer, packed.stored, hessians, fisher)
-        result["export"] = dict(tensors=tensors, packs=packed.packs, predicted_loss=sum(r["loss"] for r in tensors.values()))
+        predicted = sum(row["loss"] for row in tensors.values())
+        result["export"] = dict(tensors=tensors, packs=packed.packs, predicted_loss=predicted)
         run.log("Quantized weights:\n" + ledger_table(tensors))
         run.log(f"quantizer: step multiplier {packed.coarse:.3f}, packed {packed.packs} times, "
                 f"{result['quantize_pack_seconds']:.1f}s")  # fmt: skip

@@ -1167,7 +1167,7 @@ def test_11_few_bytes_declare_no_gigabytes(artifact):
 
 
 def test_11_fuzz(artifact):
-    """Law 11: seconds of random damage under a good checksum, in streams and header: one clear error or sound shapes."""
+    """Law 11: seconds of random damage under a good checksum, in streams and header: one clear error, or none."""
     _, blob = artifact
     rng, until, tried = random.Random(2), time.monotonic() + 3, 0
     (size,) = struct.unpack("<I", blob[8:12])

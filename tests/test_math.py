@@ -305,7 +305,7 @@ def test_gptq_does_not_change_its_input():
 
 
 def test_sdclip_steps():
-    """Step = sigmas x standard deviation / top, with a floor for constant rows; the same mean log step in every mode."""
+    """Step = sigmas x standard deviation / top, with a floor for constant rows; one mean log step in every mode."""
     cfg = tiny("record")
     W = noise(1, 3, 4000)
     W[0, 1] *= 7
@@ -331,7 +331,8 @@ def test_water_filling_equalises_the_marginal_loss():
     fisher = {name: 1 + noise(64, seed=i).square() for i, name in enumerate(state)}
     quantizer = tg.Quantizer(tiny("record"), state, hessians, fisher)
     ((stack, row, col),) = quantizer.exponents(1.0)
-    marginal = stack.gain[:, :, None] * (tg.powers(row)[:, :, None] * (tg.powers(col) / stack.known.spread())[:, None]) ** 2
+    step = tg.powers(row)[:, :, None] * tg.powers(col)[:, None]
+    marginal = stack.gain[:, :, None] * (step / stack.known.spread()[:, None]) ** 2
     assert float(marginal.log2().std()) < 2.5 / tg.GRID
 
 
@@ -358,7 +359,7 @@ def test_fisher_is_the_mean_of_squared_gradients(corpus):
         grads = torch.autograd.grad(nll, [dict(model.named_parameters())[name] for name in exact], retain_graph=True)
         for name, grad in zip(exact, grads, strict=True):
             exact[name] += grad.square().sum(-1) / 16
-    many = tg.collect_fisher(run, model, rows.repeat(256, 1).repeat_interleave(1, 0), True)
+    many = tg.collect_fisher(run, model, rows.repeat(256, 1), True)
     for name in many:
         assert float(many[name].sum() / exact[name].sum()) == pytest.approx(1, rel=0.5), name
     assert all(param.grad is None for param in model.parameters())
@@ -404,7 +405,7 @@ def integers(rows: int, cols: int, size: float = 5.0) -> tg.Quantized:
 
 def test_code_bytes():
     """The ideal length: known cases, and the packed file is within 1 % of it (and a few bytes)."""
-    flat = tg.Quantized(torch.full((4, 256), -31, dtype=torch.int8), *(torch.zeros(n, dtype=torch.int8) for n in (4, 256)))
+    flat = integers(4, 256)._replace(q=torch.full((4, 256), -31, dtype=torch.int8))
     uniform = flat._replace(q=torch.tensor([-8, 8], dtype=torch.int8).repeat(4, 128))
     assert tg.code_bytes({"a": flat})["a"] == pytest.approx(0, abs=1)
     assert tg.code_bytes({"a": uniform})["a"] == pytest.approx(4 * 256 / 8, abs=1)

@@ -2889,7 +2889,7 @@ TENSOR_PLAN = (
     TensorRow(r".*\.(q_gain|attn_scale|mlp_scale|resid_mix|skip_weight|skip_gate|gate|smear_scale|smear_gate)", "half"),
 )
 
-TOP = 127  # integers are stored in bytes; what they cost is their entropy
+TOP = 32767  # the range of the integers; what they cost is their entropy, not the width of a container
 DEAD_ZONE = 1 / 12  # see gptq
 GRID = 8  # steps and scales are powers of 2^(1/GRID): a step 4 % from the best one costs 0.001 bit a weight
 POWERS = np.array([math.ldexp(2 ** (e % GRID / GRID), e // GRID) for e in range(-128, 128)], np.float32)
@@ -2906,7 +2906,7 @@ def powers(exponents: Tensor) -> Tensor:
 
 
 class Quantized(NamedTuple):
-    """A matrix as integers: weight [r, c] = q (int8) x 2^(row / GRID) x 2^(col / GRID), row and col int8 [r], [c]."""
+    """A matrix as integers: weight [r, c] = q (int16) x 2^(row / GRID) x 2^(col / GRID), row and col int8 [r], [c]."""
 
     q: Tensor
     row: Tensor
@@ -3029,7 +3029,7 @@ def gptq(W: Tensor, known: Factor, row: Tensor, col: Tensor, dead_zone: float = 
     """GPTQ (Frantar et al. 2022) with act-order, for a stack of matrices at once, and rounding that knows the price.
 
     Columns are rounded one after another; the error of each is spread over the columns that follow so that
-    tr((W-Q) H (W-Q)^T) stays least. W [n, r, c] fp32, steps row [n, r] x col [n, c] -> int8 [n, r, c].
+    tr((W-Q) H (W-Q)^T) stays least. W [n, r, c] fp32, steps row [n, r] x col [n, c] -> int16 [n, r, c].
     Cost: c sequential steps for the whole stack, so a model of 66 matrices takes about 4,600 steps, not 50,000.
 
     Rate and distortion: where steps are in balance (one bit buys the same loss everywhere), an error of e steps costs
@@ -3053,12 +3053,12 @@ def gptq(W: Tensor, known: Factor, row: Tensor, col: Tensor, dead_zone: float = 
             errors[:, :, j] = error = (w - q * step) / U[:, i, i, None]
             block[:, :, j + 1 :] -= error[:, :, None] * U[:, i, None, i + 1 : end]
         W[:, :, end:] -= errors @ U[:, begin:end, end:]
-    return torch.empty_like(Q).scatter_(2, wide, Q).to(torch.int8)
+    return torch.empty_like(Q).scatter_(2, wide, Q).to(torch.int16)
 
 
 def round_to_nearest(W: Tensor, row: Tensor, col: Tensor) -> Tensor:
-    """int8 [n, r, c], without a Hessian."""
-    return (W / (row[:, :, None] * col[:, None, :])).round().clamp(-TOP, TOP).to(torch.int8)
+    """int16 [n, r, c], without a Hessian."""
+    return (W / (row[:, :, None] * col[:, None, :])).round().clamp(-TOP, TOP).to(torch.int16)
 
 
 class Stack(NamedTuple):
@@ -3325,8 +3325,10 @@ COMPRESSORS = {
 # The artifact: MAGIC, header length (u32 LE), SHA-256 of all that follows, header (JSON), streams. No pickle, no paths.
 MAGIC = b"PGOLF002"
 LIMITS = dict(header=1 << 20, tensors=4096, elements=1 << 28)
-SIDE = ("low", "high", "row", "col", "row_scale", "col_scale")  # the side stream: bytes of fp16 numbers, then exponents
-LEVELS = 64  # contexts of the integers: how far they spread, in steps of 2^(1/GRID)
+# The side stream: bytes of fp16 numbers, exponents, and the integers that take more than a byte (ESCAPE in its place).
+SIDE = ("low", "high", "row", "col", "row_scale", "col_scale", "wide_low", "wide_high")
+ESCAPE = -128
+LEVELS = 96  # contexts of the integers: how far they spread, in steps of 2^(1/GRID), from a 16th of a step upwards
 
 
 def planes(data: bytes) -> bytes:
@@ -3357,7 +3359,7 @@ def spread_scales(value: Quantized) -> tuple[Tensor, Tensor]:
 def levels(row: np.ndarray, col: np.ndarray, row_scale: np.ndarray, col_scale: np.ndarray) -> np.ndarray:
     """Context of each integer [r * c]: its expected magnitude. Tables are learned, so any monotone label will do."""
     rows, cols = row_scale.astype(np.int16) - row, col_scale.astype(np.int16) - col
-    return np.clip(rows[:, None] + cols[None, :] + LEVELS // 2, 0, LEVELS - 1).astype(np.uint8).ravel()
+    return np.clip(rows[:, None] + cols[None, :] + LEVELS // 3, 0, LEVELS - 1).astype(np.uint8).ravel()
 
 
 def side_contexts(counts: Mapping[str, int]) -> np.ndarray:
@@ -3369,12 +3371,15 @@ def byte_parts(value: Any, modelled: bool) -> tuple[list[bytes], bytes, np.ndarr
     """A stored tensor as bytes: its part of each kind of SIDE, its integers, and their contexts (0 if not modelled)."""
     if not isinstance(value, Quantized):
         data = value.cpu().contiguous().numpy().astype("<f2").tobytes()
-        return [data[0::2], data[1::2], b"", b"", b"", b""], b"", np.zeros(0, np.uint8)
+        return [data[0::2], data[1::2], *[b""] * 6], b"", np.zeros(0, np.uint8)
     scales = spread_scales(value) if modelled else (torch.zeros_like(value.row), torch.zeros_like(value.col))
     exponents = [part.cpu().numpy() for part in (value.row, value.col, *scales)]
     contexts = levels(*exponents) if modelled else np.zeros(value.q.numel(), np.uint8)
-    integers = value.q.cpu().contiguous().numpy().tobytes()
-    return [b"", b"", *(part.tobytes() for part in exponents)], integers, contexts
+    q = value.q.flatten().cpu().numpy()
+    fits = np.abs(q) < -ESCAPE
+    wide = q[~fits].astype("<i2").tobytes()
+    integers = np.where(fits, q, ESCAPE).astype(np.int8).tobytes()
+    return [b"", b"", *(part.tobytes() for part in exponents), wide[0::2], wide[1::2]], integers, contexts
 
 
 def code_bytes(stored: Mapping[str, Any]) -> dict[str, float]:
@@ -3461,7 +3466,8 @@ def unpack(blob: bytes, source: str = "artifact") -> Artifact:
 
 def _declared(header: dict, size: int) -> dict[str, int]:
     """Bytes of each kind of SIDE and of the integers, as the tensors' shapes imply; refuses the absurd."""
-    counts = dict.fromkeys((*SIDE, "int"), 0)
+    told = dict(zip((*SIDE, "int"), header["counts"], strict=True))
+    counts = dict.fromkeys(told, 0)
     for _name, shape, codec in header["tensors"]:
         if codec not in ("int", "half") or any(type(n) is not int or n < 0 for n in shape):
             raise ValueError("a tensor has no such codec or shape")
@@ -3476,9 +3482,10 @@ def _declared(header: dict, size: int) -> dict[str, int]:
     most = min(LIMITS["elements"], 64 * size + (1 << 20))  # an eighth of a bit for each: nobody packs as well
     if len(header["tensors"]) > LIMITS["tensors"] or sum(counts.values()) > most:
         raise ValueError("it declares more or larger tensors than it can hold")
-    if header["counts"] != list(counts.values()):
+    wide = told["wide_low"]
+    if told != counts | dict(wide_low=wide, wide_high=wide) or type(wide) is not int or not 0 <= wide <= counts["int"]:
         raise ValueError("its sizes contradict each other")
-    return counts
+    return told
 
 
 def _read_body(header: dict, body: bytes) -> dict[str, Any]:
@@ -3509,14 +3516,16 @@ def _read_body(header: dict, body: bytes) -> dict[str, Any]:
             pair = np.stack([take(kind, math.prod(shape)) for kind in ("low", "high")], 1)
             stored[name] = torch.from_numpy(pair).view(torch.float16).view(shape)
             continue
-        exponents = [take(kind, shape[kind.startswith("col")]) for kind in SIDE[2:]]
+        exponents = [take(kind, shape[kind.startswith("col")]) for kind in SIDE[2:6]]
         contexts.append(levels(*exponents) if coder.modelled else np.broadcast_to(np.uint8(0), math.prod(shape)))
         stored[name] = exponents[:2]
     context = np.concatenate(contexts)
     cut = [context[i : i + coder.chunk] for i in range(0, len(context), coder.chunk)]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         parts = list(pool.map(decoded, range(1, len(lengths)), cut))
-    integers, begin = torch.frombuffer(bytearray(b"".join(parts)) or bytearray(1), dtype=torch.int8), 0
+    integers = np.frombuffer(b"".join(parts), np.int8).astype(np.int16)
+    integers[integers == ESCAPE] = np.stack([side["wide_low"], side["wide_high"]], 1).view("<i2").ravel()
+    integers, begin = torch.from_numpy(integers), 0
     for name, shape, codec in header["tensors"]:
         if codec == "int":
             q, begin = integers[begin : begin + math.prod(shape)].view(shape), begin + math.prod(shape)

@@ -1032,8 +1032,10 @@ HOSTILE = {
     "short_row": lambda h: h["tensors"][0].pop(),
     "no_tensors": lambda h: h.__setitem__("tensors", []),
     "tensors_text": lambda h: h.__setitem__("tensors", "abc"),
-    "counts": lambda h: h["counts"].__setitem__(6, h["counts"][6] + 1),
-    "huge_counts": lambda h: h.__setitem__("counts", [BIG] * 7),
+    "counts": lambda h: h["counts"].__setitem__(8, h["counts"][8] + 1),
+    "huge_counts": lambda h: h.__setitem__("counts", [BIG] * 9),
+    "wide": lambda h: h["counts"].__setitem__(slice(6, 8), [3, 3]),
+    "wide_text": lambda h: h["counts"].__setitem__(slice(6, 8), ["3", "3"]),
     "no_counts": lambda h: h.__setitem__("counts", []),
     "flat": lambda h: h["tensors"][0].__setitem__(1, [VOCAB * 64]),
     "deep": lambda h: h["tensors"][0].__setitem__(1, [VOCAB, 8, 8]),
@@ -1143,7 +1145,7 @@ def test_11_decompression_bombs(kind, tmp_path):
     if kind not in available_compressors():
         pytest.skip(f"{kind} is not installed")
     header = dict(config={}, looping=False, compressor=kind, tensors=[["x", [1 << 15], "half"]],
-                  counts=[1 << 15, 1 << 15, 0, 0, 0, 0, 0], streams=[0])  # fmt: skip
+                  counts=[1 << 15, 1 << 15, *[0] * 7], streams=[0])  # fmt: skip
     bomb = zeros(kind, 128)
     header["streams"] = [len(bomb)]
     (tmp_path / "bomb").write_bytes(sealed(header, bomb))

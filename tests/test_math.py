@@ -206,7 +206,7 @@ def test_gptq_beats_rounding(over):
         one = slice(i, i + 1)
         ours, plain = (loss(W[one], x[one], row[one], col[one], H[one]) for x in (q, nearest))
         assert ours < 0.6 * plain
-    assert q.dtype == torch.int8
+    assert q.dtype == torch.int16
 
 
 def test_gptq_with_independent_inputs_rounds():
@@ -337,7 +337,7 @@ def test_water_filling_equalises_the_marginal_loss():
 
 
 def test_nothing_is_clipped():
-    """Wherever the steps come out, no integer leaves its byte, and the error stays half a step (and the grid's 4 %)."""
+    """Wherever the steps come out, no integer leaves its range: the error stays half a step."""
     state = {"blocks.0.mlp.up.weight": noise(8, 500)}
     state["blocks.0.mlp.up.weight"][3, 7] = 1e4
     for coarse in (1e-3, 1.0):
@@ -399,19 +399,19 @@ def test_planes_and_back():
 def integers(rows: int, cols: int, size: float = 5.0) -> tg.Quantized:
     """Integers whose spread differs from row to row and from column to column."""
     spread = size * torch.logspace(-0.5, 0.5, rows)[:, None] * torch.logspace(-0.5, 0.5, cols)
-    q = (noise(rows, cols) * spread).round().clamp(-127, 127).to(torch.int8)
+    q = (noise(rows, cols) * spread).round().to(torch.int16)
     return tg.Quantized(q, torch.zeros(rows, dtype=torch.int8), torch.zeros(cols, dtype=torch.int8))
 
 
 def test_code_bytes():
     """The ideal length: known cases, and the packed file is within 1 % of it (and a few bytes)."""
-    flat = integers(4, 256)._replace(q=torch.full((4, 256), -31, dtype=torch.int8))
-    uniform = flat._replace(q=torch.tensor([-8, 8], dtype=torch.int8).repeat(4, 128))
+    flat = integers(4, 256)._replace(q=torch.full((4, 256), -31, dtype=torch.int16))
+    uniform = flat._replace(q=torch.tensor([-8, 8], dtype=torch.int16).repeat(4, 128))
     assert tg.code_bytes({"a": flat})["a"] == pytest.approx(0, abs=1)
     assert tg.code_bytes({"a": uniform})["a"] == pytest.approx(4 * 256 / 8, abs=1)
     stored = {"a": integers(512, 384), "b": noise(700).half()}
     ideal = sum(tg.code_bytes(stored).values())
-    assert ideal < len(tg.pack(tiny("record", compressor="ans"), stored, True)) < 1.01 * ideal + 2500
+    assert ideal < len(tg.pack(tiny("record", compressor="ans"), stored, True)) < 1.01 * ideal + 5000  # header and tables
 
 
 def test_contexts_pay():

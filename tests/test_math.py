@@ -258,21 +258,6 @@ def test_columns_by_their_spread_are_better_than_alike():
     assert losses[0] < 0.5 * losses[1]
 
 
-def test_the_dead_zone_trades_error_for_bits():
-    """At a low rate the dead zone beats plain rounding: less H-weighted error at the same entropy."""
-    W, H = noise(1, 256, 64), correlated(64)[None]
-    row, col = steps_of(W)
-
-    def result(over: float, dead_zone: float) -> tuple[float, float]:
-        q = gptq(W, H, over * row, col, dead_zone=dead_zone)
-        share = torch.bincount(q.flatten().long() + 128).double() / q.numel()
-        return float(-(share * share.clamp_min(1e-30).log2()).sum()), loss(W, q, over * row, col, H)
-
-    curve = [result(over, 0.0) for over in (1.0, 1.2, 1.4, 1.6, 1.8)]
-    bits, error = result(1.2, tg.DEAD_ZONE)
-    assert error < float(np.interp(bits, [b for b, _ in curve[::-1]], [e for _, e in curve[::-1]]))
-
-
 def test_dead_columns_are_stored_as_zeros():
     """Inputs that never fire are stored as zeros and disturb no other column."""
     cfg = tiny("record")

@@ -2977,7 +2977,8 @@ def collect_fisher(run: Run, model: GPT, rows: Tensor, looping: bool) -> dict[st
         flip = 2.0 * torch.randint(2, (len(part), part.shape[1] - 1), generator=signs) - 1
         (model(*shifted(part.to(run.device)), looping) * flip.to(run.device)).sum().backward()
         for name, param in owned.items():
-            fisher[name] += param.grad.float().square().sum(-1)
+            if param.grad is not None:  # a matrix that this loop state does not use
+                fisher[name] += param.grad.float().square().sum(-1)
         model.zero_grad(set_to_none=True)
     return {name: run.sum(total) / (len(rows) * (rows.shape[1] - 1)) for name, total in fisher.items()}
 

@@ -141,7 +141,7 @@ LINES = (
     r"train_shards: 3 ", r"val_tokens: \d+", r"model_params:\d+", r"preflight: ", r"startup: [\d.]+s",
     r"\d+/20 train_loss: [\d.]+ train_time: [\d.]+m tok/s: \d+", r"10/20 val_loss: [\d.]+ val_bpb: [\d.]+",
     r"layer_loop:enabled step:\d+ frac:[\d.]+ encoder:\[", r"GPTQ:collected \d+ Hessians in [\d.]+s",
-    r"Serialized model quantized\+brotli: \d+ bytes", r"Total submission size quantized\+brotli: \d+ bytes",
+    r"Serialized model quantized\+ans: \d+ bytes", r"Total submission size quantized\+ans: \d+ bytes",
     r"quantized val_loss:[\d.]+ val_bpb:[\d.]+ eval_time:\d+ms", r"quantized_sliding_window val_loss:[\d.]+ val_bpb:",
     r"quantized_ttt val_loss:[\d.]+ val_bpb:", r"diagnostic pre-quantization post-ema val_loss:[\d.]+ val_bpb:",
 )  # fmt: skip

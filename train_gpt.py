@@ -3363,6 +3363,17 @@ class Quantized(NamedTuple):
 
 
 @contextlib.contextmanager
+def eager(model: GPT) -> Iterator[None]:
+    """The model without compiled parts and fused operations: calibration's shapes are worth no graphs of their own."""
+    parts, ops = model.parts, model.ops
+    model.parts, model.ops = PARTS, PLAIN
+    try:
+        yield
+    finally:
+        model.parts, model.ops = parts, ops
+
+
+@contextlib.contextmanager
 def tapped(model: GPT, hessians: dict[str, Tensor]) -> Iterator[None]:
     """While inside, every map adds X^T X of its input X [tokens, fan_in] to ``hessians`` (eager, fp32 sums)."""
 
@@ -3376,8 +3387,6 @@ def tapped(model: GPT, hessians: dict[str, Tensor]) -> Iterator[None]:
         return tap
 
     maps = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, DenseLinear)}
-    parts, ops = model.parts, model.ops
-    model.parts, model.ops = PARTS, PLAIN
     model.head_tap = adder("embed" if model.head is None else "head.weight")
     for name, module in maps.items():
         if re.search(r"\.attn\.[kv]\.weight$|^head\.", name):
@@ -3385,9 +3394,10 @@ def tapped(model: GPT, hessians: dict[str, Tensor]) -> Iterator[None]:
         shared = [name.replace(".q.", f".{part}.") for part in "qkv"] if ".attn.q." in name else [name]
         module.tap = adder(*shared)
     try:
-        yield
+        with eager(model):
+            yield
     finally:
-        model.parts, model.ops, model.head_tap = parts, ops, None
+        model.head_tap = None
         for module in maps.values():
             module.tap = None
 
@@ -3422,7 +3432,8 @@ def collect_fisher(run: Run, model: GPT, rows: Tensor, looping: bool) -> dict[st
     share, signs = run.split(len(rows)), torch.Generator().manual_seed(run.rank)
     for part in rows[share.start : share.stop].split(max(1, 8192 // rows.shape[1])):
         flip = 2.0 * torch.randint(2, (len(part), part.shape[1] - 1), generator=signs) - 1
-        (model(*shifted(part.to(run.device)), looping) * flip.to(run.device)).sum().backward()
+        with eager(model):
+            (model(*shifted(part.to(run.device)), looping) * flip.to(run.device)).sum().backward()
         for name, param in owned.items():
             if param.grad is not None:  # a matrix that this loop state does not use
                 fisher[name] += param.grad.float().square().sum(-1)

@@ -169,6 +169,11 @@ class Config:
     deq_anderson_window: int = knob("model", 8, "tokens, itself and those to its left, whose residuals fit a token's "
                                     "coefficients: a power of two", lo=1, hi=1024)
     deq_tol: float = knob("model", 1e-3, "relative residual at which a token is frozen; 0: never", lo=0, hi=1)
+    deq_max_iter_train: int = knob("model", 8, "most solver iterations in training", lo=1, hi=256)
+    deq_grad: str = knob("model", "phantom", "gradient of the fixed point: damped steps from it, the implicit function "
+                         "theorem, or back-propagation through the solver", choices=("phantom", "ift", "unroll"))
+    deq_phantom_steps: int = knob("model", 4, "damped steps that DEQ_GRAD=phantom differentiates", lo=1, hi=64)
+    deq_phantom_damping: float = knob("model", 1.0, "their step length", lo=0.05, hi=1)
     tie_embeddings: bool = knob("model", True, "the head is the embedding transposed")
     tied_embed_init_std: float = knob("model", 0.005, "standard deviation of the initial embedding", lo=0)
     logit_softcap: float = knob("model", 30.0, "logits are C tanh(z / C)", lo=1)
@@ -184,11 +189,6 @@ class Config:
     lr_warmup_steps: int = knob("train", 0, "steps over which all learning rates rise from 0", lo=0)
     warmdown_frac: float = knob("train", 0.72, "last part of the run, over which the learning rate falls", lo=0, hi=1)
     min_lr: float = knob("train", 0.0, "floor of the learning rate multiplier", lo=0, hi=1)
-    deq_max_iter_train: int = knob("train", 8, "most solver iterations in training", lo=1, hi=256)
-    deq_grad: str = knob("train", "phantom", "gradient of the fixed point: damped steps from it, the implicit function "
-                         "theorem, or back-propagation through the solver", choices=("phantom", "ift", "unroll"))
-    deq_phantom_steps: int = knob("train", 4, "damped steps that DEQ_GRAD=phantom differentiates", lo=1, hi=64)
-    deq_phantom_damping: float = knob("train", 1.0, "their step length", lo=0.05, hi=1)
     deq_residual_penalty: float = knob("train", 0.0, "weight of the squared relative residual in the loss", lo=0)
     enable_looping_at: float = knob("train", 0.35, "fraction of the run at which the recurrence is switched on", lo=0)
     matrix_lr: float = knob("train", 0.022, "Muon's learning rate", lo=0)

@@ -2740,9 +2740,17 @@ PARTS: dict[str, Callable] = {
 
 
 def build_model(cfg: Config, run: Run) -> GPT:
-    """A fresh model; its weights depend on SEED alone (drawn on the CPU, whatever the device)."""
+    """A fresh model; its weights depend on SEED alone (drawn on the CPU, whatever the device).
+
+    By one thread: orthogonal starts are many small QR factorizations, which took 3 s so and 30 s on 32 threads.
+    """
     torch.manual_seed(cfg.seed)
-    return GPT(cfg, run.device, run.dtype)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return GPT(cfg, run.device, run.dtype)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def flops_per_token(cfg: Config, looping: bool) -> float:
@@ -4553,15 +4561,15 @@ def preflight(run: Run, trainer: Trainer, code: int) -> None:
         raise UserError(
             f"{run.folder} has {free >> 20} MiB free, the run needs {need >> 20}; free some or set RUNS_DIR"
         )
-    noise = torch.Generator().manual_seed(0)
-    state = {n: t.cpu() + 1e-3 * torch.randn(t.shape, generator=noise) * (t.dim() > 1) for n, t in state.items()}
-    quantizer = Quantizer(cfg, state, {}, {})
-    stored = quantizer.at(1.0)
+    noise = torch.Generator(run.device).manual_seed(0)
+    state = {n: t + 1e-3 * t.new_empty(t.shape).normal_(generator=noise) * (t.dim() > 1) for n, t in state.items()}
+    kinds = {(owner(name, TENSOR_PLAN), tensor.shape): name for name, tensor in state.items()}  # one of each will do
+    stored = quantize(cfg, {name: state[name].cpu() for name in kinds.values()}, {})
     back = unpack(pack(cfg, stored, cfg.loops, quick=True)).state()
     for name, tensor in Artifact({}, False, stored).state().items():
         if not torch.equal(tensor, back[name]):
             raise UserError(f"preflight: {name} does not survive packing; this is a bug, please report it")
-    least = sum(code_bytes(quantizer.at(2 ** COARSE_RANGE[1]) if cfg.size_target else stored).values())
+    least = Quantizer(cfg, state, {}, {}).bits(2 ** COARSE_RANGE[1] if cfg.size_target else 1.0) / 8
     if cfg.size_limit and least + code > cfg.size_limit:
         raise OverBudget(f"the model takes at least {least + code:.0f} bytes, SIZE_LIMIT={cfg.size_limit}; shrink it")
     run.log(f"preflight: packs and unpacks; code {code} bytes, at least {least + code:.0f} of {cfg.size_limit} in all")

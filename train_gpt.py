@@ -2640,7 +2640,7 @@ def choose(
     fixed, time = score.detach(), x.shape[1]
     loss = block.z_loss * score.square().sum()
     if threshold is not None:  # the smooth pinball loss: its slope is the capacity less the share above the threshold
-        share, width = rows / time, 0.1
+        share, width = rows / time, 0.02
         loss = loss + block.per_token * (width * F.softplus((fixed - threshold) / width) + share * threshold).sum()
     weight = AddPenalty.apply(2 * torch.sigmoid(score), loss)
     if rows == time:
@@ -2682,7 +2682,7 @@ def routed_forward(
         source = packed if block.resid_mix is None else Move.apply(x0, *rows, *tokens)
         tables = tuple(table[chosen.index].flatten(0, 1) for table in rope)
         docs = None if docs is None else docs.gather(1, chosen.index)
-        out = Move.apply(block(packed, source, tables, docs, by_row(ops)), *tokens, *rows)
+        out = Move.apply(block(packed, source, tables, docs, ops), *tokens, *rows)
     stream = x.float()
     change = chosen.weight[..., None] * (out.float() - stream)
     return torch.where(chosen.passes[..., None], stream + change, stream).to(x.dtype)
@@ -2722,7 +2722,7 @@ class Routed(Block):
         chosen = parts["choose"](self, x, router, threshold, docs, rows, route.exact)
         if self.trace is not None:
             self.trace.append((route, chosen))
-        return parts["routed"](self, x, x0, chosen, rope, docs, ops)
+        return parts["routed"](self, x, x0, chosen, rope, docs, ops if rows == x.shape[1] else by_row(ops))
 
 
 BLOCKS: dict[str, type[Block]] = {"plain": Block, "equilibrium": Equilibrium, "routed": Routed}
@@ -3254,6 +3254,7 @@ class Trainer:
             )
         self.micro = micro_sequences(run.cfg, run)
         self.step, self.seconds, self.saved, self.looping = 0, 0.0, -1, False
+        self.exact = exact_at(run.cfg, 0.0)
 
     def accumulate(self, rows: Tensor, looping: bool, exact: bool = False) -> Tensor:
         """Forward and backward of this rank's sequences [n, T+1]; returns its share of the step's mean loss."""
@@ -3372,6 +3373,9 @@ class Trainer:
                 if looping_at(cfg, now.fraction) != self.looping:
                     self.looping = not self.looping
                     self._announce_loop(now.fraction)
+                if exact_at(cfg, now.fraction) != self.exact:
+                    self.exact = not self.exact
+                    run.log(f"mod:causal rule step:{self.step} frac:{now.fraction:.3f} rule:{cfg.mod_rule}")
                 loss, norm_ = self.train_step(batches.next(), now.fraction)
                 meter.push(self.step, self.looping, loss, norm_)
                 if self._checkpoint_due(written):
@@ -3464,11 +3468,22 @@ class Quantized(NamedTuple):
 
 @contextlib.contextmanager
 def tapped(model: GPT, hessians: dict[str, Tensor]) -> Iterator[None]:
-    """While inside, every map adds X^T X of its input X [tokens, fan_in] to ``hessians`` (eager, fp32 sums)."""
+    """While inside, every map adds X^T X of its input X [tokens, fan_in] to ``hessians`` (eager, fp32 sums).
+
+    Of a routed layer's rows those count that hold a token.
+    """
+    live: list[Tensor] = []
+
+    def routed(block: Routed, x: Tensor, x0: Tensor, chosen: Selection, *context: Any) -> Tensor:
+        live[:] = [chosen.live.flatten()]
+        out = PARTS["routed"](block, x, x0, chosen, *context)
+        live.clear()
+        return out
 
     def adder(*names: str) -> Callable[[Tensor], None]:
         def tap(x: Tensor) -> None:
             flat = x.detach().flatten(0, -2).float()
+            flat = flat[live[0]] if live else flat
             gram = flat.T @ flat
             for name in names:
                 hessians[name] = hessians[name] + gram if name in hessians else gram
@@ -3477,7 +3492,7 @@ def tapped(model: GPT, hessians: dict[str, Tensor]) -> Iterator[None]:
 
     maps = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, DenseLinear)}
     parts, ops = model.parts, model.ops
-    model.parts, model.ops = PARTS, PLAIN
+    model.parts, model.ops = PARTS | {"routed": routed}, PLAIN
     model.head_tap = adder("embed" if model.head is None else "head.weight")
     for name, module in maps.items():
         if re.search(r"\.attn\.[kv]\.weight$|^head\.", name):
@@ -4181,6 +4196,79 @@ def probe_equilibrium(run: Run, model: GPT, val: ValStream, looping: bool) -> di
     return found
 
 
+# What a token is, by its piece of text; the first that holds.
+TOKEN_CLASSES: dict[str, Callable[[Any, int, str], bool]] = {
+    "byte_fallback": lambda pieces, token, text: pieces.is_byte(token),
+    "control": lambda pieces, token, text: pieces.is_control(token) or pieces.is_unknown(token),
+    "digits": lambda pieces, token, text: text.strip().isdigit(),
+    "punctuation": lambda pieces, token, text: not any(map(str.isalnum, text)),
+    "space_led": lambda pieces, token, text: text.startswith(" "),
+    "letters": lambda pieces, token, text: True,
+}
+
+
+def token_classes(pieces: Any, vocab: int) -> np.ndarray:
+    """Place in TOKEN_CLASSES of every token id: int64 [V]."""
+    texts = [pieces.id_to_piece(token).replace("\u2581", " ") for token in range(vocab)]
+    tests = TOKEN_CLASSES.values()
+    return np.array([[holds(pieces, t, text) for holds in tests].index(True) for t, text in enumerate(texts)])
+
+
+def routed_pass(model: GPT, ids: Tensor, targets: Tensor, looping: bool, exact: bool) -> tuple[Tensor, list]:
+    """Nats of the targets [B, T], and the choice of every routed visit in order, as (layer, Route, Selection)."""
+    blocks = [(layer, block) for layer, block in enumerate(model.blocks) if isinstance(block, Routed)]
+    for _, block in blocks:
+        block.trace = []
+    nats = model(ids, targets, looping, exact)
+    found = [(layer, *choice) for layer, block in blocks for choice in block.trace]
+    for _, block in blocks:
+        block.trace = None
+    return nats, found
+
+
+def visit_report(layer: int, route: Route, chosen: Selection, best: Selection) -> dict[str, Any]:
+    """One routed visit: shares of tokens taken by the causal rule and in training, how many tokens they agree on, the
+    router's entropy (bits of a coin with its probability, mean over tokens), and its weights."""
+    p = (chosen.weight.double() / 2).clamp(1e-9, 1 - 1e-9)
+    bits = -(p * p.log2() + (1 - p) * (1 - p).log2())
+    shares = dict(used=chosen.passes, used_training=best.passes, agreement=chosen.passes == best.passes)
+    found = {name: float(value.double().mean()) for name, value in (shares | {"entropy": bits}).items()}
+    weights = dict(weight_mean=float(chosen.weight.mean()), weight_std=float(chosen.weight.std()))
+    return dict(layer=layer, turn=route.turn, capacity=route.capacity, **found, **weights)
+
+
+@torch.no_grad()
+def probe_routing(run: Run, model: GPT, val: ValStream, looping: bool) -> dict[str, Any]:
+    """What the routers do on the first windows of the validation text, for result.json:
+
+    visits (see visit_report), bpb under the causal rule and under the choice of training (which looks ahead: a
+    diagnostic, no score), gap (rule less training), skipped: how often a token passes a routed layer by, for each class
+    of token and each quarter of tokens by the loss of their target, the easiest first.
+    """
+    cfg, length = run.cfg, min(run.cfg.eval_seq_len, val.targets)
+    count = max(1, min(cfg.val_batch_tokens, val.targets) // length)
+    place = torch.arange(count * length).view(count, length)
+    ids, targets = (val.tokens[at].long().to(run.device) for at in (place, place + 1))
+    (nats, rule), (best_nats, best) = (routed_pass(model, ids, targets, looping, exact) for exact in (False, True))
+    size = math.log(2) * int(val.nbytes[: count * length].sum())
+    bpb = {name: float(value.double().sum()) / size for name, value in (("rule", nats), ("training", best_nats))}
+    visits = [visit_report(*choice, other[-1]) for choice, other in zip(rule, best, strict=True)]
+    skips = [1 - chosen.passes.double() for _, route, chosen in rule if route.capacity < 1]
+    skipped = (torch.stack(skips).mean(0) if skips else torch.zeros(ids.shape)).flatten().cpu().numpy()
+    classes = token_classes(load_tokenizer(cfg), cfg.vocab_size)[ids.flatten().cpu().numpy()]
+    ranks = nats.flatten().argsort().argsort().cpu().numpy() * 4 // nats.numel()
+    found = {"classes": {name: (classes == i) for i, name in enumerate(TOKEN_CLASSES)}}
+    found["loss_quarters"] = {f"q{i + 1}": ranks == i for i in range(4)}
+    tables: dict[str, dict] = {table: {} for table in found}
+    for table, rows in found.items():
+        for name, at in rows.items():
+            share = float(skipped[at].mean()) if at.any() else None
+            tables[table][name] = dict(tokens=int(at.sum()), skipped=share)
+    used, agreed = (float(np.mean([visit[name] for visit in visits])) for name in ("used", "agreement"))
+    run.log(f"mod: used {used:.3f} agreement {agreed:.3f} bpb rule {bpb['rule']:.4f} training {bpb['training']:.4f}")
+    return dict(tokens=count * length, bpb=bpb, gap=bpb["rule"] - bpb["training"], visits=visits, skipped=tables)
+
+
 class Probe(NamedTuple):
     """What a mechanism measures of itself on validation text once the scores are in: its object in result.json."""
 
@@ -4189,7 +4277,10 @@ class Probe(NamedTuple):
     measure: Callable[[Run, GPT, ValStream, bool], dict[str, Any]]
 
 
-PROBES = (Probe("deq", lambda cfg: cfg.deq_layer >= 0, probe_equilibrium),)
+PROBES = (
+    Probe("deq", lambda cfg: cfg.deq_layer >= 0, probe_equilibrium),
+    Probe("mod", lambda cfg: any(capacities(cfg)), probe_routing),
+)
 
 
 def probe(run: Run, model: GPT, val: ValStream, looping: bool) -> dict[str, Any]:

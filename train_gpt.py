@@ -2696,6 +2696,7 @@ class Routed(Block):
     evaluation may do: whether a token is among them depends on later ones. Evaluation, and the last part of training,
     take a token by a causal rule within the same k rows. Learned: ``router`` [passes, D], one row for each pass of the
     recurrence (while it is off, their mean: every row learns), and for MOD_RULE=threshold ``threshold`` [passes].
+    The documents of a packed sequence share its rows; ranks and attention stay inside each.
     Not transparent at the start: half of the tokens skip a layer from the first step on. Router rows start alike and
     small, because equal scores would choose by position.
     """

@@ -181,6 +181,13 @@ class Config:
     deq_phantom_steps: int = knob("model", 4, "damped steps that DEQ_GRAD=phantom differentiates", lo=1, hi=64)
     deq_phantom_damping: float = knob("model", 1.0, "their step length", lo=0.05, hi=1)
     deq_residual_penalty: float = knob("model", 0.0, "weight of the squared relative residual in the loss", lo=0)
+    mod_layers: str = knob("model", "", "routed layers: numbers and spans with commas (1,4-6), or all, inner, odd, "
+                           "even, loop; @0.25 after one is its capacity; empty: none")
+    mod_capacity: float = knob("model", 1.0, "share of a sequence's tokens that a routed layer takes", lo=0.01, hi=1)
+    mod_pass_capacity: str = knob("model", "", "capacities of the 1st, 2nd, ... pass of every layer of the recurrent "
+                                  "segment, the last one repeated; empty: as MOD_LAYERS says")
+    mod_rule: str = knob("model", "quantile", "causal rule of a routed layer's choice: rank among the tokens before, "
+                         "or a learned threshold", choices=("quantile", "threshold"))
     tie_embeddings: bool = knob("model", True, "the head is the embedding transposed")
     tied_embed_init_std: float = knob("model", 0.005, "standard deviation of the initial embedding", lo=0)
     logit_softcap: float = knob("model", 30.0, "logits are C tanh(z / C)", lo=1)
@@ -199,6 +206,10 @@ class Config:
     warmdown_frac: float = knob("train", 0.72, "last part of the run, over which the learning rate falls", lo=0, hi=1)
     min_lr: float = knob("train", 0.0, "floor of the learning rate multiplier", lo=0, hi=1)
     enable_looping_at: float = knob("train", 0.35, "fraction of the run at which the recurrence is switched on", lo=0)
+    mod_causal_at: float = knob("train", 0.8, "fraction of the run from which routed layers choose as in evaluation, "
+                                "by MOD_RULE; before, exactly the best of each sequence", lo=0)
+    mod_router_lr: float = knob("train", 0.02, "AdamW's learning rate of the routers", lo=0)
+    mod_z_loss: float = knob("train", 0.0, "weight of the routers' mean squared score in the loss", lo=0)
     matrix_lr: float = knob("train", 0.022, "Muon's learning rate", lo=0)
     scalar_lr: float = knob("train", 0.02, "AdamW's learning rate of gains, mixes and gates", lo=0)
     tied_embed_lr: float = knob("train", 0.03, "AdamW's learning rate of a tied embedding", lo=0)
@@ -344,6 +355,11 @@ PRESETS: dict[str, Preset] = {
             deq_layer=0,
         ),
     ),  # fmt: skip
+    "mod": Preset(
+        "pr1783's stack as a mixture of depths: the layers take half of the tokens. Mended: computes only what it "
+        "takes, routers learn, evaluation is causal.",
+        {**PR1783, "mod_layers": "all", "mod_capacity": 0.5},
+    ),
     "demo": Preset(
         "a small model on text found on this machine; every stage, minutes on a laptop, no GPU, no download",
         dict(
@@ -457,6 +473,55 @@ def ema_fracs(cfg: Config) -> tuple[float, ...]:
     return fracs
 
 
+# The names that MOD_LAYERS knows: (configuration, layer) -> whether it is meant.
+MOD_PLACES: dict[str, Callable[[Config, int], bool]] = {
+    "all": lambda c, layer: True,
+    "inner": lambda c, layer: 0 < layer < c.num_layers - 1,
+    "odd": lambda c, layer: layer % 2 == 1,
+    "even": lambda c, layer: layer % 2 == 0,
+    "loop": lambda c, layer: c.loops and c.loop_start <= layer <= c.loop_end,
+}
+
+
+def capacities(cfg: Config) -> list[tuple[float, ...]]:
+    """For each layer the share of tokens that each of its passes takes, () where it is not routed: the column that
+    MOD_LAYERS, MOD_CAPACITY and MOD_PASS_CAPACITY fill. UserError where they cannot be read."""
+    chosen: list[float | None] = [None] * cfg.num_layers
+    for entry in filter(None, cfg.mod_layers.split(",")):
+        place, _, share = entry.partition("@")
+        span = re.fullmatch(r"(\d+)(?:-(\d+))?", place)
+        if not span and place not in MOD_PLACES:
+            raise UserError(f"MOD_LAYERS: {entry!r} is no layer, span or name ({', '.join(MOD_PLACES)})")
+        first, last = (int(span[1]), int(span[2] or span[1])) if span else (0, cfg.num_layers - 1)
+        if last >= cfg.num_layers:
+            raise UserError(f"MOD_LAYERS: {entry!r} is beyond NUM_LAYERS={cfg.num_layers}")
+        for layer in range(first, last + 1):
+            if span or MOD_PLACES[place](cfg, layer):
+                chosen[layer] = read_share("MOD_LAYERS", share) if share else cfg.mod_capacity
+    passes = [read_share("MOD_PASS_CAPACITY", part) for part in filter(None, cfg.mod_pass_capacity.split(","))]
+    rows = []
+    for layer, share in enumerate(chosen):
+        count = 1 + cfg.num_loops if MOD_PLACES["loop"](cfg, layer) else 1
+        row = (share,) * count if share else ()
+        if passes and MOD_PLACES["loop"](cfg, layer):
+            row = tuple(passes[min(turn, len(passes) - 1)] for turn in range(count))
+        if row and layer == cfg.deq_layer:
+            raise UserError(f"layer {layer} is DEQ_LAYER: a token cannot leave a solve; take it out of MOD_LAYERS")
+        rows.append(row)
+    return rows
+
+
+def read_share(name: str, text: str) -> float:
+    """A capacity out of a list."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0.01 <= share <= 1:
+        raise UserError(f"{name}: {text!r} is no capacity between 0.01 and 1")
+    return share
+
+
 def knobs() -> dict[str, dataclasses.Field]:
     """Environment name -> field, in the order of the class."""
     return {field.name.upper(): field for field in dataclasses.fields(Config)}
@@ -529,6 +594,7 @@ def read_config(env: Mapping[str, str], base: Mapping[str, Any] | None = None) -
             values[field.name] = parse_knob(upper, field, env[upper])
     cfg = Config(**values)
     ema_fracs(cfg)
+    capacities(cfg)
     fields = {**dataclasses.asdict(cfg), "head_dim": cfg.head_dim}
     for holds, message in MODEL_CHECKS + (TRAIN_CHECKS if base is None else ()):
         if not holds(cfg):
@@ -2136,6 +2202,7 @@ class LayerSpec(NamedTuple):
     head_stages: tuple[str, ...]
     scale: float
     values: bool  # whether its values get the value embedding
+    capacity: tuple[float, ...]  # share of tokens that each pass takes; (): no router, all of them
 
 
 def layer_list(cfg: Config) -> tuple[int, ...]:
@@ -2149,16 +2216,17 @@ def layer_list(cfg: Config) -> tuple[int, ...]:
 def layer_table(cfg: Config) -> list[LayerSpec]:
     """The columns of the schedule that belong to physical layers, filled in one place."""
     rows = []
-    for layer in range(cfg.num_layers):
+    for layer, capacity in enumerate(capacities(cfg)):
         parallel = 0 <= cfg.parallel_residual_start <= layer
         stages = [("xsa", layer >= cfg.num_layers - cfg.xsa_last_n), (cfg.attn_gate, cfg.attn_gate != "none")]
         rows.append(
             LayerSpec(
-                kind="equilibrium" if layer == cfg.deq_layer else "plain",
+                kind="equilibrium" if layer == cfg.deq_layer else "routed" if capacity else "plain",
                 residual="parallel" if parallel else "sequential",
                 head_stages=tuple(stage for stage, used in stages if used),
                 scale=1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0,
                 values=layer in layer_list(cfg),
+                capacity=capacity,
             )
         )
     return rows
@@ -2182,7 +2250,9 @@ class Block(nn.Module):
         self.residual = layer.residual
         self.register_buffer("scale", torch.tensor(layer.scale), persistent=False)
 
-    def forward(self, x: Tensor, x0: Tensor, rope, docs: Tensor | None, ops: Ops, values: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, x0: Tensor, rope, docs: Tensor | None, ops: Ops, values: Tensor | None = None
+    ) -> Tensor:
         """x, x0 [B, T, D], values [B, T, G K] -> [B, T, D]."""
         u, n = (x, norm(x)) if self.resid_mix is None else ops.mix_norm(x, x0, *self.resid_mix)
         attention = functools.partial(
@@ -2318,12 +2388,26 @@ SKIPS: dict[str, Callable[[Config], nn.Module]] = {"gated": GatedSkip, "add": Ad
 # ######################################################################################################################
 
 
+class Route(NamedTuple):
+    """How a visit of a routed layer chooses its tokens."""
+
+    turn: int | None  # which pass of its layer it is; None: the only one, of a layer that will have several
+    capacity: float
+    exact: bool  # exactly the best of the sequence (training only: it sees the future), or by the causal rule
+
+
 class Visit(NamedTuple):
     """One application of a physical layer in the virtual order."""
 
     layer: int
     skip_from: int | None  # layer whose kept output joins the stream before this visit
     keep: bool  # whether a later visit wants this one's output
+    route: tuple[Route, ...] = ()  # what a routed block is told beyond what every block is
+
+    @property
+    def capacity(self) -> float:
+        """Share of the tokens that pass."""
+        return self.route[0].capacity if self.route else 1.0
 
 
 def virtual_order(cfg: Config, looping: bool) -> list[int]:
@@ -2347,15 +2431,16 @@ def skip_pairs(cfg: Config) -> dict[int, int]:
     return {half + k: half - 1 - k for k in range(1, half)}
 
 
-def schedule(cfg: Config, looping: bool) -> tuple[Visit, ...]:
+def schedule(cfg: Config, looping: bool, exact: bool = False) -> tuple[Visit, ...]:
     """The visits of a forward pass. A skip leaves its source's last visit and joins its destination's last visit."""
-    order, pairs = virtual_order(cfg, looping), skip_pairs(cfg)
+    order, pairs, shares = virtual_order(cfg, looping), skip_pairs(cfg), capacities(cfg)
     last = {layer: position for position, layer in enumerate(order)}
     visits = []
     for position, layer in enumerate(order):
-        final = last[layer] == position
+        final, turn, several = last[layer] == position, order[:position].count(layer), order.count(layer) > 1
         source = pairs.get(layer) if final else None
-        visits.append(Visit(layer, source, keep=final and layer in pairs.values()))
+        route = tuple(Route(turn if several else None, share, exact) for share in shares[layer][turn : turn + 1])
+        visits.append(Visit(layer, source, final and layer in pairs.values(), route))
     return tuple(visits)
 
 
@@ -2599,7 +2684,186 @@ class Equilibrium(Block):
         return found.to(x.dtype)
 
 
-BLOCKS: dict[str, type[Block]] = {"plain": Block, "equilibrium": Equilibrium}
+# ----------------------------------------------------------------------------------------------------------------------
+# Mixture of depths: a layer that takes some of the tokens, the others pass it by
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Selection(NamedTuple):
+    """Which tokens a visit takes, packed in their own order. B sequences of T tokens, k rows each."""
+
+    weight: Tensor  # fp32 [B, T], 2 sigmoid(score): the factor of the token's update
+    passes: Tensor  # bool [B, T]
+    slot: Tensor  # int64 [B, T]: the row of each token that passes
+    index: Tensor  # int64 [B, k]: the token of each row
+    live: Tensor  # bool [B, k]: rows that hold a token; the causal rule may leave the last ones empty
+
+
+def moved(x: Tensor, index: Tensor, taken: Tensor) -> Tensor:
+    """x[b, index[b, n]] where taken[b, n], else 0: [B, T, D], [B, N], [B, N] -> [B, N, D]."""
+    return torch.where(taken[..., None], x.gather(1, index[..., None].expand(-1, -1, x.shape[-1])), 0)
+
+
+class Move(torch.autograd.Function):
+    """``moved``, whose gradient is the move back: a gather again, since no row is taken twice. The scatter-add that
+    autograd would make of it needs atomics, which are slow in bf16 and add in any order."""
+
+    @staticmethod
+    def forward(ctx, x, index, taken, back, returned):
+        ctx.save_for_backward(back, returned)
+        return moved(x, index, taken)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return moved(dy, *ctx.saved_tensors), None, None, None, None
+
+
+def best_of_sequence(score: Tensor, rows: int) -> Tensor:
+    """Exactly ``rows`` tokens of each sequence, those of the highest scores, ties to the left: [B, T] -> bool [B, T].
+
+    By counting who is ahead of whom, T^2 comparisons: in one fused pass they cost less than a sort does.
+    """
+    index = torch.arange(score.shape[1], device=score.device)
+    mine, other = score[:, :, None], score[:, None, :]
+    return ((other > mine) | ((other == mine) & (index < index[:, None]))).sum(-1, dtype=torch.int32) < rows
+
+
+def above_quantile(score: Tensor, docs: Tensor | None, threshold: Tensor | None, rows: int) -> Tensor:
+    """Whether fewer than the capacity's share of the tokens so far (of the document) have a higher score: causal."""
+    index = torch.arange(score.shape[1], device=score.device)
+    seen = index[:, None] >= index
+    if docs is not None:
+        seen = seen & (docs[:, :, None] == docs[:, None, :])
+    ahead = (seen & (score[:, None, :] > score[:, :, None])).sum(-1, dtype=torch.int32)
+    return ahead * score.shape[1] < rows * seen.sum(-1, dtype=torch.int32)
+
+
+def above_threshold(score: Tensor, docs: Tensor | None, threshold: Tensor, rows: int) -> Tensor:
+    """Whether the score is above the one that a share of all training tokens exceeds: causal, and of no context."""
+    return score > threshold
+
+
+MOD_RULES = {"quantile": above_quantile, "threshold": above_threshold}
+
+
+def within_budget(wanted: Tensor, rows: int) -> Tensor:
+    """The wanted tokens, less those that would run ahead of the budget: bool [B, T] -> bool [B, T], at most ``rows``.
+
+    A leaky bucket: with a budget b_t that grows evenly from 2 sqrt(k) to k, the count taken by token t is
+    n_t = min(n_(t-1) + wanted_t, b_t) = W_t + min(0, min over s <= t of (b_s - W_s)), W the running sum of ``wanted``.
+    A hard stop at k would starve the end of every sequence that wants more than its share, and the end is what sliding
+    windows score; this thins its wishes instead. It knows the past alone.
+    """
+    time = wanted.shape[1]
+    burst = min(rows, math.ceil(2 * math.sqrt(rows)))  # room for two standard deviations of k in 2k even choices
+    budget = (rows - burst) * torch.arange(1, time + 1, device=wanted.device) // time + burst
+    sums = wanted.cumsum(1)
+    taken = sums + (budget - sums).cummin(1).values.clamp(max=0)
+    return taken > F.pad(taken, (1, -1))
+
+
+def choose(
+    block: Routed, x: Tensor, router: Tensor, threshold: Tensor | None, docs: Tensor | None, rows: int, exact: bool
+) -> Selection:
+    """The router's choice among x [B, T, D]: score_t = router . norm(x_t) / sqrt(D), ``rows`` tokens a sequence.
+
+    The stream gets no gradient from the score: the router learns from the updates that it weighs, and the pass over
+    the stream that the gradient would take is saved.
+    """
+    score = (norm(x.detach().float()) * router).sum(-1) / math.sqrt(x.shape[-1])
+    fixed, time = score.detach(), x.shape[1]
+    loss = block.z_loss * score.square().sum()
+    if threshold is not None:  # the smooth pinball loss: its slope is the capacity less the share above the threshold
+        share, width = rows / time, 0.02
+        loss = loss + block.per_token * (width * F.softplus((fixed - threshold) / width) + share * threshold).sum()
+    weight = AddPenalty.apply(2 * torch.sigmoid(score), loss)
+    if rows == time:
+        passes = torch.ones_like(fixed, dtype=torch.bool)
+    elif exact:
+        passes = best_of_sequence(fixed, rows)
+    else:
+        passes = within_budget(MOD_RULES[block.rule](fixed, docs, threshold, rows), rows)
+    count = passes.cumsum(1)
+    row = torch.arange(rows, device=x.device)
+    index = torch.searchsorted(count, (row + 1).expand(len(x), -1).contiguous()).clamp(max=time - 1)
+    return Selection(weight, passes, (count - 1).clamp(0, rows - 1), index, row < count[:, -1:])
+
+
+@functools.cache
+def by_row(ops: Ops) -> Ops:
+    """The same passes with rotary tables [B k, dims/2]: every row stands at a position of its own."""
+
+    def qk_rope(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> tuple[Tensor, ...]:
+        flat = ops.qk_rope(qkv.flatten(0, 1)[None], gain, cos, sin, head_dim)
+        return tuple(x.squeeze(0).unflatten(0, qkv.shape[:2]) for x in flat)
+
+    return ops._replace(qk_rope=qk_rope)
+
+
+def routed_forward(
+    block: Routed, x: Tensor, x0: Tensor, chosen: Selection, rope, docs: Tensor | None, ops: Ops, values: Tensor | None
+) -> Tensor:
+    """x + weight (block(x) - x) where a token passes, x elsewhere; those that pass see each other only.
+
+    The tokens are packed into [B, k, D] in their order, so that causal attention among rows is causal attention among
+    tokens, and empty rows, being last, are seen by none. Every product has k rows: what is skipped is not computed.
+    """
+    rows, tokens = (chosen.index, chosen.live), (chosen.slot, chosen.passes)
+    if chosen.index.shape == chosen.slot.shape:
+        out = block(x, x0, rope, docs, ops, values)
+    else:
+        packed = Move.apply(x, *rows, *tokens)
+        source = packed if block.resid_mix is None else Move.apply(x0, *rows, *tokens)
+        tables = tuple(table[chosen.index].flatten(0, 1) for table in rope)
+        docs = None if docs is None else docs.gather(1, chosen.index)
+        values = None if values is None else Move.apply(values, *rows, *tokens)
+        out = Move.apply(block(packed, source, tables, docs, ops, values), *tokens, *rows)
+    stream = x.float()
+    change = chosen.weight[..., None] * (out.float() - stream)
+    return torch.where(chosen.passes[..., None], stream + change, stream).to(x.dtype)
+
+
+class Routed(Block):
+    """Mixture of depths: a router takes a share of the tokens through the layer, the rest keep their stream.
+
+    Raposo et al. 2024, https://arxiv.org/abs/2404.02258: x_t + w_t (f(x)_t - x_t) for the tokens taken. There w is the
+    score; here 2 sigmoid(score), about 1 at the start. In training the k best of a sequence are taken, which no
+    evaluation may do: whether a token is among them depends on later ones. Evaluation, and the last part of training,
+    take a token by a causal rule within the same k rows. Learned: ``router`` [passes, D], one row for each pass of the
+    recurrence (while it is off, their mean: every row learns), and for MOD_RULE=threshold ``threshold`` [passes].
+    The documents of a packed sequence share its rows; ranks and attention stay inside each.
+    Not transparent at the start: half of the tokens skip a layer from the first step on. Router rows start alike and
+    small, because equal scores would choose by position.
+    """
+
+    def __init__(self, cfg: Config, layer: LayerSpec, name: str, backend: str):
+        super().__init__(cfg, layer, name, backend)
+        passes = len(layer.capacity)
+        self.router = nn.Parameter((0.1 * torch.randn(cfg.model_dim)).repeat(passes, 1))
+        self.threshold = nn.Parameter(torch.zeros(passes)) if cfg.mod_rule == "threshold" else None
+        self.rule = cfg.mod_rule
+        self.per_token = 1 / cfg.train_batch_tokens
+        self.z_loss = cfg.mod_z_loss * self.per_token
+        self.trace: list[tuple[Route, Selection]] | None = None  # collects the choices of the next visits
+
+    def visit(
+        self, parts: Mapping[str, Callable], x: Tensor, x0: Tensor, rope, docs: Tensor | None, ops: Ops,
+        values: Tensor | None, route: Route,
+    ) -> Tensor:  # fmt: skip
+        """One visit: choose, then run the chosen."""
+        router, threshold = (
+            row if row is None else row.mean(0) if route.turn is None else row[route.turn]
+            for row in (self.router, self.threshold)
+        )
+        rows = math.ceil(route.capacity * x.shape[1])
+        chosen = parts["choose"](self, x, router, threshold, docs, rows, route.exact)
+        if self.trace is not None:
+            self.trace.append((route, chosen))
+        ops = ops if rows == x.shape[1] else by_row(ops)
+        return parts["routed"](self, x, x0, chosen, rope, docs, ops, values)
+
+
+BLOCKS: dict[str, type[Block]] = {"plain": Block, "equilibrium": Equilibrium, "routed": Routed}
 
 
 class Visits(NamedTuple):
@@ -2678,7 +2942,8 @@ class GPT(nn.Module):
         layers = enumerate(layer_table(cfg))
         self.blocks = nn.ModuleList(BLOCKS[layer.kind](cfg, layer, f"blocks.{i}", backend) for i, layer in layers)
         self.skips = nn.ModuleDict({f"{s}_{d}": SKIPS[cfg.skip_kind](cfg) for d, s in skip_pairs(cfg).items()})
-        self.schedules = {looping: schedule(cfg, looping) for looping in (False, True)}
+        states = ((looping, exact) for looping in (False, True) for exact in (False, True))
+        self.schedules = {state: schedule(cfg, *state) for state in states}
         self.head_tap: Callable[[Tensor], None] | None = None
         graph = compiler(cfg, device)
         self.ops = select_ops(cfg, device)
@@ -2692,27 +2957,27 @@ class GPT(nn.Module):
     def head_weight(self) -> Tensor:
         return self.embed if self.head is None else self.head.weight
 
-    def hidden(self, ids: Tensor, looping: bool) -> Tensor:
-        """ids [B, T] -> the stream before the head's norm [B, T, D]."""
+    def hidden(self, ids: Tensor, looping: bool, exact: bool = False) -> Tensor:
+        """ids [B, T] -> the stream before the head's norm [B, T, D]. ``exact``: see Route; never to score text."""
         cfg, length = self.cfg, ids.shape[1]
         rope = rotary_table(length, cfg.rope_dims or cfg.head_dim, cfg.rope_base, cfg.train_seq_len, ids.device)
         docs = (ids == BOS).cumsum(1) if cfg.pack_docs else None
         x = x0 = self.parts["embed"](self, ids)
         values = None if self.values is None else self.parts["values"](self.values, ids, self.dtype)
         kept: dict[int, Tensor] = {}
-        visits = self.schedules[looping]
+        visits = self.schedules[looping, exact]
         readers = FanOut.apply(x0, len(visits), self.parts["add_up"]) if wants_grad(x0) else (x0,) * len(visits)
         for visit, x0 in zip(visits, readers, strict=True):
             if visit.skip_from is not None:
                 x = self.parts["skip"](self.skips[f"{visit.skip_from}_{visit.layer}"], x, kept.pop(visit.skip_from))
-            x = self.blocks[visit.layer].visit(self.parts, x, x0, rope, docs, self.ops, values)
+            x = self.blocks[visit.layer].visit(self.parts, x, x0, rope, docs, self.ops, values, *visit.route)
             if visit.keep:
                 kept[visit.layer] = x
         return x
 
-    def forward(self, ids: Tensor, targets: Tensor, looping: bool) -> Tensor:
+    def forward(self, ids: Tensor, targets: Tensor, looping: bool, exact: bool = False) -> Tensor:
         """Nats of every target: ids, targets [B, T] -> fp32 [B, T]."""
-        return self.nll(self.hidden(ids, looping), targets)
+        return self.nll(self.hidden(ids, looping, exact), targets)
 
     def nll(self, x: Tensor, targets: Tensor) -> Tensor:
         """Nats of the targets [..., T] given the stream [..., T, D]."""
@@ -2755,6 +3020,8 @@ PARTS: dict[str, Callable] = {
     "block": Block.forward,
     "equilibrium": equilibrium_map,
     "solver": solver_step,
+    "choose": choose,
+    "routed": routed_forward,
     "skip": join,
     "add_up": add_up,
     "nll": head_nll,
@@ -2777,11 +3044,17 @@ def build_model(cfg: Config, run: Run) -> GPT:
 
 
 def flops_per_token(cfg: Config, looping: bool) -> float:
-    """Model FLOPs of a training token: 6 x matrix weights applied (every visit, head included) + 6 T H K a visit."""
+    """Model FLOPs of a training token: 6 x matrix weights applied (every visit, head included) + 6 T H K a visit.
+
+    Of a routed visit: c of the first, c^2 of the second (c T tokens see c T keys), and the router's 6 D.
+    """
     width, hidden = cfg.model_dim, int(cfg.model_dim * cfg.mlp_mult)
     layer = width * (2 * width + 2 * cfg.num_kv_heads * cfg.head_dim + 2 * hidden)
-    visits = sum(visits_of(cfg, layer).flops for layer in virtual_order(cfg, looping))
-    return 6 * (visits * layer + width * cfg.vocab_size) + 6 * cfg.train_seq_len * width * visits
+    total = width * cfg.vocab_size
+    for visit in schedule(cfg, looping):
+        share, count = visit.capacity, visits_of(cfg, visit.layer).flops
+        total += count * share * (layer + share * cfg.train_seq_len * width) + len(visit.route) * width
+    return 6 * total
 
 
 # ######################################################################################################################
@@ -2808,6 +3081,7 @@ PARAM_TABLE = (
     ParamRow(r"head\.weight", "adamw", "head_lr", "embed_wd"),
     ParamRow(r"(blocks\.\d+|mixers|values)\..*\.weight", "muon", "matrix_lr", "muon_wd"),
     ParamRow(VECTORS, "adamw", "scalar_lr", "adam_wd"),
+    ParamRow(r"blocks\.\d+\.(router|threshold)", "adamw", "mod_router_lr", "adam_wd"),
 )  # fmt: skip
 
 
@@ -3064,8 +3338,15 @@ def looping_at(cfg: Config, fraction: float) -> bool:
 def token_bytes(cfg: Config) -> float:
     """GPU memory of a training token: a visit keeps about 20 D values for the backward pass, the head 4 V (bf16
     logits, their gradient, slack)."""
-    visits = sum(visits_of(cfg, layer).memory for layer in virtual_order(cfg, True))
+    kept = ((visit.capacity, visits_of(cfg, visit.layer).memory, len(visit.route)) for visit in schedule(cfg, True))
+    visits = sum(share * memory + 0.1 * routed for share, memory, routed in kept)  # a router keeps the stream as well
     return 2 * ((10 + 2.5 * cfg.mlp_mult) * cfg.model_dim * visits + 4 * cfg.vocab_size)
+
+
+def exact_at(cfg: Config, fraction: float) -> bool:
+    """Whether routed layers take exactly the best tokens of each sequence at this fraction of the run; the rest of it
+    trains under the causal rule that evaluation uses."""
+    return any(capacities(cfg)) and fraction < cfg.mod_causal_at
 
 
 def micro_sequences(cfg: Config, run: Run) -> int:
@@ -3173,12 +3454,13 @@ class Trainer:
             )
         self.micro = micro_sequences(run.cfg, run)
         self.step, self.seconds, self.saved, self.looping = 0, 0.0, -1, False
+        self.exact = exact_at(run.cfg, 0.0)
 
-    def accumulate(self, rows: Tensor, looping: bool) -> Tensor:
+    def accumulate(self, rows: Tensor, looping: bool, exact: bool = False) -> Tensor:
         """Forward and backward of this rank's sequences [n, T+1]; returns its share of the step's mean loss."""
         total = torch.zeros((), device=rows.device)
         for part in rows.split(self.micro):
-            loss = self.model(*shifted(part), looping).sum() / self.cfg.train_batch_tokens
+            loss = self.model(*shifted(part), looping, exact).sum() / self.cfg.train_batch_tokens
             loss.backward()
             total += loss.detach()
         return total
@@ -3189,7 +3471,9 @@ class Trainer:
         Halves the micro-batch when memory runs out.
         """
         cfg, run = self.cfg, self.run
-        states = sorted({looping_at(cfg, 0.0), looping_at(cfg, 1.0 - 1e-9)})
+        loops = sorted({looping_at(cfg, 0.0), looping_at(cfg, 1.0 - 1e-9)})
+        rules = (True, False) if exact_at(cfg, 0.0) else (False,)
+        states = tuple((looping, exact) for looping in loops for exact in rules)
         index = 0
         while index < cfg.warmup_steps:
             if self._fits(states):
@@ -3199,19 +3483,19 @@ class Trainer:
                 self._shrink()
         self.optimizers.warm_up()
         self.model.zero_grad(set_to_none=True)
-        if True in states:
+        if True in loops:
             encoder, decoder = halves(cfg, True)
             run.log(f"loop_warmup:enabled encoder:{encoder} decoder:{decoder}")
 
-    def _fits(self, states: list[bool]) -> bool:
-        """Forward and backward of every micro-batch shape in every loop state; whether memory sufficed."""
+    def _fits(self, states: tuple[tuple[bool, bool], ...]) -> bool:
+        """Forward and backward of every micro-batch shape in every (loop state, rule); whether memory sufficed."""
         share = len(self.run.split(self.cfg.train_batch_tokens // self.cfg.train_seq_len))
         shapes = {len(part) for part in torch.empty(share).split(self.micro)}
         try:
-            for looping in states:
+            for state in states:
                 for rows in shapes:
                     noise = torch.randint(self.cfg.vocab_size, (rows, self.cfg.train_seq_len + 1))
-                    self.accumulate(noise.to(self.run.device), looping)
+                    self.accumulate(noise.to(self.run.device), *state)
         except torch.OutOfMemoryError:
             return False
         return True
@@ -3226,7 +3510,7 @@ class Trainer:
 
     def train_step(self, rows: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
         """One optimizer step. Returns (loss, gradient norm), on the device."""
-        loss = self.accumulate(rows, looping_at(self.cfg, fraction))
+        loss = self.accumulate(rows, looping_at(self.cfg, fraction), exact_at(self.cfg, fraction))
         norm_ = self.optimizers.step(lr_scale(self.cfg, self.step, fraction), muon_momentum(self.cfg, self.step))
         self.step += 1
         self.ema.update(self.step)
@@ -3289,6 +3573,9 @@ class Trainer:
                 if looping_at(cfg, now.fraction) != self.looping:
                     self.looping = not self.looping
                     self._announce_loop(now.fraction)
+                if exact_at(cfg, now.fraction) != self.exact:
+                    self.exact = not self.exact
+                    run.log(f"mod:causal rule step:{self.step} frac:{now.fraction:.3f} rule:{cfg.mod_rule}")
                 loss, norm_ = self.train_step(batches.next(), now.fraction)
                 meter.push(self.step, self.looping, loss, norm_)
                 if self._checkpoint_due(written):
@@ -3365,6 +3652,7 @@ TENSOR_PLAN = (
     TensorRow(r"embed|head\.weight|(mixers\.bigram|values)\.table", "int", "embed_bits", "embed_clip_sigmas"),
     TensorRow(r"(blocks\.\d+|mixers|values)\..*\.weight", "int", "matrix_bits", "matrix_clip_sigmas"),
     TensorRow(VECTORS, "half"),
+    TensorRow(r"blocks\.\d+\.(router|threshold)", "half"),
 )
 
 TOP = 32767  # the range of the integers; what they cost is their entropy, not the width of a container
@@ -3406,11 +3694,22 @@ def eager(model: GPT) -> Iterator[None]:
 
 @contextlib.contextmanager
 def tapped(model: GPT, hessians: dict[str, Tensor]) -> Iterator[None]:
-    """While inside, every map adds X^T X of its input X [tokens, fan_in] to ``hessians`` (eager, fp32 sums)."""
+    """While inside, every map adds X^T X of its input X [tokens, fan_in] to ``hessians`` (eager, fp32 sums).
+
+    Of a routed layer's rows those count that hold a token.
+    """
+    live: list[Tensor] = []
+
+    def routed(block: Routed, x: Tensor, x0: Tensor, chosen: Selection, *context: Any) -> Tensor:
+        live[:] = [chosen.live.flatten()]
+        out = PARTS["routed"](block, x, x0, chosen, *context)
+        live.clear()
+        return out
 
     def adder(*names: str) -> Callable[[Tensor], None]:
         def tap(x: Tensor) -> None:
             flat = x.detach().flatten(0, -2).float()
+            flat = flat[live[0]] if live else flat
             gram = flat.T @ flat
             for name in names:
                 hessians[name] = hessians[name] + gram if name in hessians else gram
@@ -3426,6 +3725,7 @@ def tapped(model: GPT, hessians: dict[str, Tensor]) -> Iterator[None]:
         module.tap = adder(*shared)
     try:
         with eager(model):
+            model.parts = PARTS | {"routed": routed}
             yield
     finally:
         model.head_tap = None
@@ -4474,6 +4774,79 @@ def probe_equilibrium(run: Run, model: GPT, val: ValStream, looping: bool) -> di
     return found
 
 
+# What a token is, by its piece of text; the first that holds.
+TOKEN_CLASSES: dict[str, Callable[[Any, int, str], bool]] = {
+    "byte_fallback": lambda pieces, token, text: pieces.is_byte(token),
+    "control": lambda pieces, token, text: pieces.is_control(token) or pieces.is_unknown(token),
+    "digits": lambda pieces, token, text: text.strip().isdigit(),
+    "punctuation": lambda pieces, token, text: not any(map(str.isalnum, text)),
+    "space_led": lambda pieces, token, text: text.startswith(" "),
+    "letters": lambda pieces, token, text: True,
+}
+
+
+def token_classes(pieces: Any, vocab: int) -> np.ndarray:
+    """Place in TOKEN_CLASSES of every token id: int64 [V]."""
+    texts = [pieces.id_to_piece(token).replace("\u2581", " ") for token in range(vocab)]
+    tests = TOKEN_CLASSES.values()
+    return np.array([[holds(pieces, t, text) for holds in tests].index(True) for t, text in enumerate(texts)])
+
+
+def routed_pass(model: GPT, ids: Tensor, targets: Tensor, looping: bool, exact: bool) -> tuple[Tensor, list]:
+    """Nats of the targets [B, T], and the choice of every routed visit in order, as (layer, Route, Selection)."""
+    blocks = [(layer, block) for layer, block in enumerate(model.blocks) if isinstance(block, Routed)]
+    for _, block in blocks:
+        block.trace = []
+    nats = model(ids, targets, looping, exact)
+    found = [(layer, *choice) for layer, block in blocks for choice in block.trace]
+    for _, block in blocks:
+        block.trace = None
+    return nats, found
+
+
+def visit_report(layer: int, route: Route, chosen: Selection, best: Selection) -> dict[str, Any]:
+    """One routed visit: shares of tokens taken by the causal rule and in training, how many tokens they agree on, the
+    router's entropy (bits of a coin with its probability, mean over tokens), and its weights."""
+    p = (chosen.weight.double() / 2).clamp(1e-9, 1 - 1e-9)
+    bits = -(p * p.log2() + (1 - p) * (1 - p).log2())
+    shares = dict(used=chosen.passes, used_training=best.passes, agreement=chosen.passes == best.passes)
+    found = {name: float(value.double().mean()) for name, value in (shares | {"entropy": bits}).items()}
+    weights = dict(weight_mean=float(chosen.weight.mean()), weight_std=float(chosen.weight.std()))
+    return dict(layer=layer, turn=route.turn, capacity=route.capacity, **found, **weights)
+
+
+@torch.no_grad()
+def probe_routing(run: Run, model: GPT, val: ValStream, looping: bool) -> dict[str, Any]:
+    """What the routers do on the first windows of the validation text, for result.json:
+
+    visits (see visit_report), bpb under the causal rule and under the choice of training (which looks ahead: a
+    diagnostic, no score), gap (rule less training), skipped: how often a token passes a routed layer by, for each class
+    of token and each quarter of tokens by the loss of their target, the easiest first.
+    """
+    cfg, length = run.cfg, min(run.cfg.eval_seq_len, val.targets)
+    count = max(1, min(cfg.val_batch_tokens, val.targets) // length)
+    place = torch.arange(count * length).view(count, length)
+    ids, targets = (val.tokens[at].long().to(run.device) for at in (place, place + 1))
+    (nats, rule), (best_nats, best) = (routed_pass(model, ids, targets, looping, exact) for exact in (False, True))
+    size = math.log(2) * int(val.nbytes[: count * length].sum())
+    bpb = {name: float(value.double().sum()) / size for name, value in (("rule", nats), ("training", best_nats))}
+    visits = [visit_report(*choice, other[-1]) for choice, other in zip(rule, best, strict=True)]
+    skips = [1 - chosen.passes.double() for _, route, chosen in rule if route.capacity < 1]
+    skipped = (torch.stack(skips).mean(0) if skips else torch.zeros(ids.shape)).flatten().cpu().numpy()
+    classes = token_classes(load_tokenizer(cfg), cfg.vocab_size)[ids.flatten().cpu().numpy()]
+    ranks = nats.flatten().argsort().argsort().cpu().numpy() * 4 // nats.numel()
+    found = {"classes": {name: (classes == i) for i, name in enumerate(TOKEN_CLASSES)}}
+    found["loss_quarters"] = {f"q{i + 1}": ranks == i for i in range(4)}
+    tables: dict[str, dict] = {table: {} for table in found}
+    for table, rows in found.items():
+        for name, at in rows.items():
+            share = float(skipped[at].mean()) if at.any() else None
+            tables[table][name] = dict(tokens=int(at.sum()), skipped=share)
+    used, agreed = (float(np.mean([visit[name] for visit in visits])) for name in ("used", "agreement"))
+    run.log(f"mod: used {used:.3f} agreement {agreed:.3f} bpb rule {bpb['rule']:.4f} training {bpb['training']:.4f}")
+    return dict(tokens=count * length, bpb=bpb, gap=bpb["rule"] - bpb["training"], visits=visits, skipped=tables)
+
+
 class Probe(NamedTuple):
     """What a mechanism measures of itself on validation text once the scores are in: its object in result.json."""
 
@@ -4482,7 +4855,10 @@ class Probe(NamedTuple):
     measure: Callable[[Run, GPT, ValStream, bool], dict[str, Any]]
 
 
-PROBES = (Probe("deq", lambda cfg: cfg.deq_layer >= 0, probe_equilibrium),)
+PROBES = (
+    Probe("deq", lambda cfg: cfg.deq_layer >= 0, probe_equilibrium),
+    Probe("mod", lambda cfg: any(capacities(cfg)), probe_routing),
+)
 
 
 def probe(run: Run, model: GPT, val: ValStream, looping: bool) -> dict[str, Any]:

@@ -658,13 +658,15 @@ def test_census_of_the_baseline(monkeypatch):
 @both_loop_states
 @every_preset
 def test_flops_count_every_visit(preset, looping, monkeypatch):
-    """6 x weights applied (every visit and the head) + 6 T D a visit."""
+    """6 x weights applied (every visit and the head) + 6 T D a visit; of a routed visit its share, and its router."""
     cfg = full(preset)
     params = dict(meta_model(cfg, monkeypatch).named_parameters())
     total = 0
     for layer in tg.virtual_order(cfg, looping):
         of_layer = (p.numel() for name, p in params.items() if name.startswith(f"blocks.{layer}.") and "weight" in name)
-        total += tg.visits_of(cfg, layer).flops * (6 * sum(of_layer) + 6 * cfg.train_seq_len * cfg.model_dim)
+        c, routed = (cfg.mod_capacity, 6 * cfg.model_dim) if f"blocks.{layer}.router" in params else (1, 0)
+        pairs = c * c * 6 * cfg.train_seq_len * cfg.model_dim
+        total += tg.visits_of(cfg, layer).flops * (c * 6 * sum(of_layer) + pairs) + routed
     assert tg.flops_per_token(cfg, looping) == pytest.approx(total + 6 * cfg.vocab_size * cfg.model_dim, rel=1e-12)
 
 

@@ -1274,17 +1274,19 @@ def git(*arguments: str) -> str:
 
 
 def commit_of(run: RunData) -> tuple[str, str]:
-    """(commit whose train_gpt.py ran, complaint). A run made outside a repository is found by its script's content."""
+    """(commit whose train_gpt.py ran, complaint).
+
+    A run made outside a repository or on a dirty tree is found by its script's content: the script is all that runs.
+    """
     sha = run.result.get("git_sha", "")
     script = run.folder / "train_gpt.py"
-    if sha.endswith("+"):
-        return "", f"{run.folder} ran on a dirty tree ({sha[:12]}); commit, then run again"
     if not script.exists():
         return "", f"{run.folder} lacks train_gpt.py, the script that ran; run again"
     blob = git("hash-object", str(script)).strip()
-    if not sha:
-        sha = git("log", "--all", "-1", "--format=%H", f"--find-object={blob}", "--", "train_gpt.py").strip()
-        return sha, "" if sha else f"the script that {run.folder} ran is in no commit; commit it, then run again"
+    if not sha or sha.endswith("+"):
+        found = git("log", "--all", "-1", "--format=%H", f"--find-object={blob}", "--", "train_gpt.py").strip()
+        where = f"on a dirty tree ({sha[:12]})" if sha else "outside a repository"
+        return found, "" if found else f"{run.folder} ran {where} a script that is in no commit; commit, then run again"
     committed = git("rev-parse", "--verify", "-q", f"{sha}:train_gpt.py").strip()
     if committed and committed != blob:
         return "", f"the script in {run.folder} is not that of its commit {sha[:12]}; run again"

@@ -337,9 +337,9 @@ PRESETS: dict[str, Preset] = {
         ),
     ),  # fmt: skip
     "mod": Preset(
-        "pr1783's stack as a mixture of depths: every second layer takes half of the tokens. Mended: computes only "
-        "what it takes, routers learn, evaluation is causal. Differs: odd layers, where the seed had 1-9.",
-        {**PR1783, "mod_layers": "odd", "mod_capacity": 0.5},
+        "pr1783's stack as a mixture of depths: all layers but the first and the last take half of the tokens. Mended: "
+        "computes only what it takes, routers learn, evaluation is causal.",
+        {**PR1783, "mod_layers": "inner", "mod_capacity": 0.5},
     ),
     "demo": Preset(
         "a small model on text found on this machine; every stage, minutes on a laptop, no GPU, no download",

@@ -186,8 +186,8 @@ class Config:
     mod_capacity: float = knob("model", 1.0, "share of a sequence's tokens that a routed layer takes", lo=0.01, hi=1)
     mod_pass_capacity: str = knob("model", "", "capacities of the 1st, 2nd, ... pass of every layer of the recurrent "
                                   "segment, the last one repeated; empty: as MOD_LAYERS says")
-    mod_rule: str = knob("model", "quantile", "causal rule of a routed layer's choice: rank among the tokens before, "
-                         "or a learned threshold", choices=("quantile", "threshold"))
+    mod_rule: str = knob("model", "threshold", "causal rule of a routed layer's choice: a learned threshold of the "
+                         "score, or its rank among the tokens before", choices=("threshold", "quantile"))
     tie_embeddings: bool = knob("model", True, "the head is the embedding transposed")
     tied_embed_init_std: float = knob("model", 0.005, "standard deviation of the initial embedding", lo=0)
     logit_softcap: float = knob("model", 30.0, "logits are C tanh(z / C)", lo=1)
@@ -356,9 +356,9 @@ PRESETS: dict[str, Preset] = {
         ),
     ),  # fmt: skip
     "mod": Preset(
-        "pr1783's stack as a mixture of depths: the layers take half of the tokens. Mended: computes only what it "
-        "takes, routers learn, evaluation is causal.",
-        {**PR1783, "mod_layers": "all", "mod_capacity": 0.5},
+        "pr1783's stack as a mixture of depths: all layers but the first and the last take half of the tokens. Mended: "
+        "computes only what it takes, routers learn, evaluation is causal.",
+        {**PR1783, "mod_layers": "inner", "mod_capacity": 0.5},
     ),
     "demo": Preset(
         "a small model on text found on this machine; every stage, minutes on a laptop, no GPU, no download",
@@ -4557,7 +4557,8 @@ def adaptable(cfg: Config, model: GPT) -> list[nn.Parameter]:
     chosen = tuple(f"blocks.{layer}." for layer in layers) + ("skips.",)
     params = []
     for name, param in model.named_parameters():
-        param.requires_grad_(not cfg.ttt_selective or name.startswith(chosen))
+        moves = not cfg.ttt_selective or name.startswith(chosen)
+        param.requires_grad_(moves and not name.endswith(".threshold"))  # a quantile of training text: no loss moves it
         params += [param] if param.requires_grad else []
     return params
 

@@ -50,7 +50,7 @@ MECHANISMS = {
     "equilibrium": dict(deq_layer=1),
     "equilibrium_looped": dict(deq_layer=3, deq_grad="ift"),
     "equilibrium_unrolled": dict(deq_layer=5, deq_grad="unroll", deq_solver="picard"),
-    "routed_passes": dict(mod_layers="1,5@0.25", mod_pass_capacity="1,0.5,0.25", mod_rule="threshold"),
+    "routed_passes": dict(mod_layers="1,5@0.25", mod_pass_capacity="1,0.5,0.25", mod_rule="quantile"),
 }
 
 

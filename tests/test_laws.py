@@ -701,10 +701,10 @@ def test_10_out_of_memory_halves_the_micro_batch(corpus, monkeypatch):
     cfg = tiny("record", warmup_steps=1, micro_batch_tokens=128, **corpus.knobs())
     trainer, real = trainer_of(cfg), tg.Trainer.accumulate
 
-    def limited(self, rows, looping):
+    def limited(self, rows, *state):
         if len(rows) > most:
             raise torch.OutOfMemoryError("no memory")
-        return real(self, rows, looping)
+        return real(self, rows, *state)
 
     monkeypatch.setattr(tg.Trainer, "accumulate", limited)
     most = 1

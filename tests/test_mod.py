@@ -22,6 +22,11 @@ RULES = list(tg.MOD_RULES)
 CAPACITIES = (0.25, 0.5, 0.75)
 
 
+def routed(**values) -> tg.Config:
+    """A tiny mixture of depths, of all layers unless said otherwise."""
+    return tiny("mod", **{"mod_layers": "all", **values})
+
+
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -122,7 +127,7 @@ def masked_attention(passes):
 @pytest.mark.parametrize("packed", [False, True], ids=["", "docs"])
 def test_packed_is_masked(exact, layer, packed, monkeypatch):
     """What k packed rows give equals computing all T tokens and masking; a skipped token keeps its stream's bits."""
-    cfg = tiny("mod", attn_gate="sparse")
+    cfg = routed(attn_gate="sparse")
     model, ids = tiny_model(cfg), random_ids(cfg, 3, 32)
     block, x, x0 = model.blocks[layer], noise(3, 32, 64, seed=1), noise(3, 32, 64, seed=2)
     rope = tg.rotary_table(32, 8, 1e4, 32, torch.device("cpu"))
@@ -142,7 +147,7 @@ def test_packed_is_masked(exact, layer, packed, monkeypatch):
 @pytest.mark.parametrize("capacity", CAPACITIES)
 def test_skipping_is_real(capacity):
     """Every map of a routed layer sees k rows a sequence; the Hessians count those that hold a token, and no others."""
-    cfg = tiny("mod", mod_capacity=capacity, mod_layers="1,4")
+    cfg = routed(mod_capacity=capacity, mod_layers="1,4")
     model, ids, seen = tiny_model(cfg), random_ids(cfg, 3, 30), {}
     rows = 3 * math.ceil(capacity * 30)
     maps = {name: m for name, m in model.named_modules() if isinstance(m, tg.DenseLinear) and not name.endswith(".k")}
@@ -178,7 +183,7 @@ ROUTERS = {
 @torch.no_grad()
 def test_causal_and_alone_whatever_the_router(capacity, rule):
     """Laws 1 and 2, bit for bit: random routers and those that an adversary would choose."""
-    cfg = tiny("mod", mod_capacity=capacity, mod_rule=rule, num_layers=4, loop_start=1, loop_end=2, num_loops=1)
+    cfg = routed(mod_capacity=capacity, mod_rule=rule, num_layers=4, loop_start=1, loop_end=2, num_loops=1)
     for kind, change in ROUTERS.items():
         model = tiny_model(cfg)
         for block in model.blocks:
@@ -190,7 +195,7 @@ def test_causal_and_alone_whatever_the_router(capacity, rule):
 @pytest.mark.parametrize("rule", RULES)
 def test_causal_once_trained(rule, corpus):
     """Law 1 with trained routers."""
-    cfg = tiny("mod", mod_rule=rule, num_loops=1, **corpus.knobs())
+    cfg = routed(mod_rule=rule, num_loops=1, **corpus.knobs())
     trainer = trainer_of(cfg)
     run_steps(trainer, 4, 4)
     assert leak(trainer.model, cfg, True) == 0.0 and mixing(trainer.model, cfg, True) == 0.0
@@ -198,7 +203,7 @@ def test_causal_once_trained(rule, corpus):
 
 def test_the_training_choice_would_be_a_leak(monkeypatch):
     """The causality test fails on a model that evaluates by the best of the sequence."""
-    cfg = tiny("mod")
+    cfg = routed()
     model = tiny_model(cfg)
     monkeypatch.setattr(
         model, "logits", lambda ids, looping: tg.head_logits(model.hidden(ids, looping, True), model.embed, 30.0)
@@ -212,7 +217,7 @@ def test_the_training_choice_would_be_a_leak(monkeypatch):
 @pytest.mark.parametrize("rule", RULES)
 def test_the_router_learns(rule, corpus):
     """After one step every router has a gradient under both choices, and the threshold moves towards the capacity."""
-    cfg = tiny("mod", mod_rule=rule, mod_z_loss=1e-3, **corpus.knobs())
+    cfg = routed(mod_rule=rule, mod_z_loss=1e-3, **corpus.knobs())
     trainer = trainer_of(cfg)
     run_steps(trainer, 1, 100)
     for exact in (True, False):
@@ -225,7 +230,7 @@ def test_the_router_learns(rule, corpus):
 
 def test_the_threshold_finds_the_capacity():
     """Descent on the threshold's loss ends where the capacity's share of scores is above it."""
-    cfg = tiny("mod", mod_rule="threshold", num_loops=0, train_batch_tokens=4096)
+    cfg = routed(mod_rule="threshold", num_loops=0, train_batch_tokens=4096)
     block, x = tiny_model(cfg).blocks[1], noise(8, 512, 64)
     for capacity in (0.25, 0.75):
         threshold = torch.zeros((), requires_grad=True)
@@ -241,7 +246,7 @@ def test_the_threshold_finds_the_capacity():
 
 def test_phases(corpus, monkeypatch):
     """The first part of the run takes the best of each sequence, the last part and everything else the causal rule."""
-    cfg = tiny("mod", mod_causal_at=0.5, iterations=4, warmup_steps=1, **corpus.knobs())
+    cfg = routed(mod_causal_at=0.5, iterations=4, warmup_steps=1, **corpus.knobs())
     trainer, seen = trainer_of(cfg), []
     hidden = trainer.model.hidden
     monkeypatch.setattr(trainer.model, "hidden", lambda *args: seen.append(args[1:]) or hidden(*args))
@@ -294,7 +299,7 @@ def test_what_cannot_be_is_refused(values):
 
 def test_the_count_of_flops_is_honest():
     """A routed visit counts c of its matrices and c^2 of its attention, plus the router; all dense counts as before."""
-    dense, half = tiny("pr1783"), tiny("mod", mod_capacity=0.5)
+    dense, half = tiny("pr1783"), routed(mod_capacity=0.5)
     layer = 64 * (2 * 64 + 2 * 32 + 2 * 128)
     visits = len(tg.virtual_order(dense, True))
     head = 64 * dense.vocab_size
@@ -312,7 +317,7 @@ COMPOSED = [
 @pytest.mark.parametrize("values", COMPOSED, ids=["docs_gates", "equilibrium", "passes"])
 def test_composes(values, corpus):
     """Law 12: two steps, Hessians, packing and every evaluation row beside other mechanisms."""
-    cfg = tiny("mod", ttt_enabled=True, **values, **corpus.knobs())
+    cfg = routed(ttt_enabled=True, **values, **corpus.knobs())
     trainer = trainer_of(cfg)
     assert all(map(math.isfinite, run_steps(trainer, 2, 2)))
     hessians = tg.collect_hessians(trainer.run, trainer.model, tg.calibration_rows(trainer), cfg.loops)
@@ -330,7 +335,7 @@ def test_composes(values, corpus):
 @pytest.mark.parametrize("rule", RULES)
 def test_the_report(rule, corpus, validation):
     """The object ``mod`` of result.json: every visit, every class of token, the gap; the model is left as it was."""
-    cfg = tiny("mod", mod_rule=rule, mod_layers="odd", mod_capacity=0.5, val_batch_tokens=512, **corpus.knobs())
+    cfg = routed(mod_rule=rule, mod_layers="odd", mod_capacity=0.5, val_batch_tokens=512, **corpus.knobs())
     model = tiny_model(cfg)
     report = tg.probe(single(cfg), model, validation, True)["mod"]
     assert [(v["layer"], v["turn"]) for v in report["visits"]] == [(1, None), (3, 0), (3, 1), (3, 2), (3, 3), (5, None)]
@@ -350,7 +355,7 @@ def test_the_report(rule, corpus, validation):
 
 def test_classes_of_tokens(corpus):
     """Letters with and without a space before, digits, punctuation, bytes and control pieces are told apart."""
-    cfg = tiny("mod", **corpus.knobs())
+    cfg = routed(**corpus.knobs())
     pieces = tg.load_tokenizer(cfg)
     names = [list(tg.TOKEN_CLASSES)[i] for i in tg.token_classes(pieces, cfg.vocab_size)]
     named = {pieces.id_to_piece(token): name for token, name in enumerate(names)}

@@ -1159,6 +1159,34 @@ def stacked_bars(
     return save(plt, figure, path)
 
 
+def role_sizes(tensors: dict[str, dict]) -> dict[str, tuple[float, float]]:
+    """Role -> (bytes, weights), layers taken together, from the exporter's ledger; vectors are one role."""
+    found: dict[str, tuple[float, float]] = {}
+    for name, row in tensors.items():
+        role = re.sub(r"^(blocks|skips)\.\w+\.|\.weight$", "", name) if row["weights"] > 16384 else "vectors"
+        size, weights = found.get(role, (0.0, 0.0))
+        found[role] = size + row["bytes"], weights + row["weights"]
+    return dict(sorted(found.items(), key=lambda item: -item[1][0]))
+
+
+def plot_roles(plt: Any, rows: Sequence[Row], path: Path) -> Path | None:
+    """Who eats the bytes: MB and bits a weight of each role, of the first run that kept its exporter's ledger."""
+    runs = [run for row in rows for run in row.runs if run.result.get("export", {}).get("tensors")]
+    if not runs:
+        return None
+    roles = role_sizes(runs[0].result["export"]["tensors"])
+    figure, axes = plt.subplots(figsize=(9, 1.4 + 0.36 * len(roles)))
+    axes.barh(range(len(roles)), [size * 1e-6 for size, _ in roles.values()], height=0.62)
+    for index, (size, weights) in enumerate(roles.values()):
+        axes.text(size * 1e-6, index, f" {size * 1e-6:.2f} MB, {8 * size / weights:.2f} bits", va="center", fontsize=9)
+    axes.set_yticks(range(len(roles)), list(roles))
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.22)
+    axes.set(xlabel="MB of 1,000,000 bytes", title=f"Bytes and bits a weight by role ({runs[0].folder.name})")
+    return save(plt, figure, path)
+
+
 def plot_residuals(plt: Any, rows: Sequence[Row], path: Path) -> Path | None:
     """Relative residual of a fixed-point solver by iteration, from result.json's deq.residuals."""
     figure, axes = plt.subplots()
@@ -1212,6 +1240,7 @@ def draw_plots(rows: Sequence[Row], out: Path) -> list[Path]:
         plot_loss(plt, rows, out / "loss_seconds.png", 1, "training clock (seconds)"),
         plot_pareto(plt, rows, out / "pareto.png"),
         stacked_bars(plt, rows, out / "bytes.png", sizes, 1e-6, ("Byte budget", "MB of 1,000,000 bytes (cap: 16)")),
+        plot_roles(plt, rows, out / "roles.png"),
         stacked_bars(plt, rows, out / "time.png", TIME_PARTS, 1.0, ("Time ledger", "seconds")),
         plot_residuals(plt, rows, out / "residuals.png"),
         plot_depth(plt, rows, out / "depth.png"),
@@ -1284,7 +1313,8 @@ def commit_of(run: RunData) -> tuple[str, str]:
         return "", f"{run.folder} lacks train_gpt.py, the script that ran; run again"
     blob = git("hash-object", str(script)).strip()
     if not sha or sha.endswith("+"):
-        found = git("log", "--all", "-1", "--format=%H", f"--find-object={blob}", "--", "train_gpt.py").strip()
+        touched = git("log", "--all", "--format=%H", f"--find-object={blob}", "--", "train_gpt.py").split()
+        found = next((sha for sha in touched if git("rev-parse", f"{sha}:train_gpt.py").strip() == blob), "")
         where = f"on a dirty tree ({sha[:12]})" if sha else "outside a repository"
         return found, "" if found else f"{run.folder} ran {where} a script that is in no commit; commit, then run again"
     committed = git("rev-parse", "--verify", "-q", f"{sha}:train_gpt.py").strip()

@@ -229,11 +229,23 @@ def test_plots_are_made_and_labelled(tmp_path):
             seed,
             1.1,
             deq=dict(residuals=[0.5, 0.1, 0.01], depth={"1": dict(bpb=2.0), "4": dict(bpb=1.1)}),
+            export=dict(
+                tensors={"embed": dict(bytes=9e5, weights=1 << 20), "skips.3_6.gate": dict(bytes=9, weights=4)}
+            ),
         )
     assert report.main(["plots", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     made = {path.name for path in (tmp_path / "out").iterdir()}
-    assert made == {f"{n}.png" for n in ("loss_steps", "loss_seconds", "pareto", "bytes", "time", "residuals", "depth")}
+    assert made == {
+        f"{n}.png" for n in ("loss_steps", "loss_seconds", "pareto", "bytes", "roles", "time", "residuals", "depth")
+    }
     assert all((tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG" for name in made)
+
+
+def test_roles_add_up():
+    """Layers are taken together, vectors are one role, and nothing is lost."""
+    tensors = {f"blocks.{i}.mlp.up.weight": dict(bytes=10.0 * i, weights=1 << 20) for i in range(4)}
+    roles = report.role_sizes(tensors | {"blocks.0.attn_scale": dict(bytes=5.0, weights=512)})
+    assert roles == {"mlp.up": (60.0, 4 << 20), "vectors": (5.0, 512)}
 
 
 def test_plots_without_matplotlib_say_what_to_install(tmp_path, capsys, monkeypatch):

@@ -1267,7 +1267,7 @@ TRACKS = {
 PER_RUN = {"seed", "run_id", "runs_dir", "resume", "data_dir", "data_path", "tokenizer_path", "threads"}
 # Which mechanism a configuration uses, and the pull request of the challenge that brought it.
 ATTRIBUTION: tuple[tuple[str, str, Callable[[dict], bool]], ...] = (
-    ("GPTQ with clipping in standard deviations, quantized embedding", "#1394", lambda c: bool(c.get("gptq"))),
+    ("GPTQ, quantized embedding", "#1394", lambda c: bool(c.get("gptq"))),
     ("depth recurrence", "#1204, #1493", lambda c: bool(c.get("num_loops"))),
     ("parallel residuals", "#1204, #1412", lambda c: c.get("parallel_residual_start", -1) >= 0),
     ("leaky squared ReLU", "#549", lambda c: bool(c.get("mlp_slope"))),

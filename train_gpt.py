@@ -166,6 +166,25 @@ class Config:
     num_loops: int = knob("model", 3, "extra passes over layers LOOP_START..LOOP_END; 0: none", lo=0, hi=64)
     loop_start: int = knob("model", 3, "first layer of the repeated segment", lo=0)
     loop_end: int = knob("model", 5, "last layer of the repeated segment", lo=0)
+    residual_kind: str = knob("model", "plain", "plain: as PARALLEL_RESIDUAL_START says; delta: x + r branch; "
+                              "contraction: r (x + branch)", choices=("plain", "delta", "contraction"))
+    residual_scale: float = knob("model", 0.0, "that r; 0: 1/sqrt(visits of a forward pass)", lo=0, hi=1)
+    branch_scale_init: float = knob("model", 1.0, "start of the scales on what attention and MLP add", lo=0)
+    depth_embed: bool = knob("model", False, "a learned vector for each visit of a repeated layer, added to its input")
+    step_gates: bool = knob("model", False, "learned gates for each visit of a repeated layer, on what it adds")
+    seed_maps: str = knob("model", "none", "maps made from seeds: none, all, attn, mlp, up, or names with commas "
+                          "(q,k,v,proj,up,down)")
+    seed_layers: str = knob("model", "", "layers, with commas, whose maps are made from seeds; empty: all")
+    seed_basis: str = knob("model", "hadamard", "the random matrix behind a seeded map; none: adapters alone",
+                           choices=("hadamard", "rademacher", "gaussian", "fastfood", "none"))
+    seed_scale: str = knob("model", "row", "learned scales of the random matrix: one for all, or one a row",
+                           choices=("one", "row"))
+    seed_per_visit: bool = knob("model", False, "every visit of a repeated layer has its own random matrix and scales")
+    basis_seed: int = knob("model", 0, "with a map's name, the seed of its random matrix", lo=0)
+    lora_rank_attn: int = knob("model", 64, "rank of the adapters of seeded attention maps", lo=0, hi=4096)
+    lora_rank_mlp: int = knob("model", 64, "rank of the adapters of seeded MLP maps", lo=0, hi=4096)
+    adapter_rank: int = knob("model", 0, "rank of all adapters; 0: LORA_RANK_ATTN and LORA_RANK_MLP", lo=0, hi=4096)
+    lora_alpha: float = knob("model", 0.0, "adapters are scaled by LORA_ALPHA / rank; 0: by 1", lo=0)
     tie_embeddings: bool = knob("model", True, "the head is the embedding transposed")
     tied_embed_init_std: float = knob("model", 0.005, "standard deviation of the initial embedding", lo=0)
     logit_softcap: float = knob("model", 30.0, "logits are C tanh(z / C)", lo=1)
@@ -188,6 +207,9 @@ class Config:
     embed_lr: float = knob("train", 0.6, "AdamW's learning rate of an untied embedding", lo=0)
     head_lr: float = knob("train", 0.008, "AdamW's learning rate of an untied head", lo=0)
     muon_wd: float = knob("train", 0.095, "Muon's decoupled weight decay", lo=0)
+    lora_a_lr: float = knob("train", 0.022, "Muon's learning rate of the adapters' inner factors", lo=0)
+    lora_b_lr: float = knob("train", 0.022, "Muon's learning rate of the adapters' outer factors", lo=0)
+    lora_wd: float = knob("train", 0.045, "weight decay of each factor", lo=0)
     embed_wd: float = knob("train", 0.085, "weight decay of the embedding and the head", lo=0)
     adam_wd: float = knob("train", 0.02, "weight decay of gains, mixes and gates", lo=0)
     beta1: float = knob("train", 0.9, "AdamW", lo=0, hi=0.9999)
@@ -306,6 +328,57 @@ PRESETS: dict[str, Preset] = {
             ttt_enabled=False,
         ),
     ),  # fmt: skip
+    "seed_lora": Preset(
+        "pr1783 with every map W = s R(seed) + B A, R orthogonal and never stored. Differs: R from counters, not a "
+        "device's generator, output maps start at s = 0, orthonormal A, Muon on the factors, a real artifact.",
+        {**PR1783, **dict(seed_maps="all")},
+    ),
+    "pr2114": Preset(
+        "RLMA in a universal transformer: a layer, one shared layer x 6, a layer; W_k = a_k R_k + U V. Differs: output "
+        "maps start at a = 0, learning rate to 0, whole-context evaluation, small embedding, GPTQ on the factors.",
+        dict(
+            num_layers=3,
+            model_dim=1024,
+            mlp_mult=3.0,
+            mlp_slope=0.0,
+            rope_dims=0,
+            qk_gain_init=1.5,
+            xsa_last_n=0,
+            ln_scale=False,
+            resid_mix=False,
+            skip_kind="none",
+            num_loops=5,
+            loop_start=1,
+            loop_end=1,
+            enable_looping_at=0.0,
+            residual_kind="delta",
+            branch_scale_init=0.6,
+            depth_embed=True,
+            step_gates=True,
+            seed_maps="all",
+            seed_per_visit=True,
+            adapter_rank=320,
+            train_seq_len=8192,
+            eval_seq_len=8192,
+            eval_stride=2048,
+            train_batch_tokens=262144,
+            lr_warmup_steps=50,
+            warmdown_frac=0.25,
+            lora_a_lr=0.026,
+            lora_b_lr=0.026,
+            lora_wd=0.04,
+            scalar_lr=0.003,
+            tied_embed_lr=0.003,
+            embed_wd=0.0,
+            adam_wd=0.0,
+            muon_momentum=0.95,
+            muon_momentum_warmup_start=0.85,
+            muon_momentum_warmup_steps=500,
+            muon_row_normalize=False,
+            grad_clip_norm=0.2,
+            matrix_bits=8,
+        ),
+    ),  # fmt: skip
     "demo": Preset(
         "a small model on text found on this machine; every stage, minutes on a laptop, no GPU, no download",
         dict(
@@ -373,6 +446,21 @@ FOREIGN_FAMILIES = (
     "GPTQMODEL_",
 )
 
+# Maps of a layer -> the knob of their adapters' rank, and the sets of them that SEED_MAPS names.
+MAP_RANKS = dict.fromkeys(("q", "k", "v", "proj"), "lora_rank_attn") | dict.fromkeys(("up", "down"), "lora_rank_mlp")
+MAP_SETS = {"none": (), "all": tuple(MAP_RANKS), "attn": ("q", "k", "v", "proj"), "mlp": ("up", "down")}
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """The parts of a knob that is a list."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def seeded_maps(cfg: Config) -> tuple[str, ...]:
+    """Last names of the maps that SEED_MAPS makes from seeds."""
+    return MAP_SETS.get(cfg.seed_maps, listed(cfg.seed_maps))
+
+
 # Rules between knobs; those of the model and the evaluation hold for an artifact's configuration too.
 MODEL_CHECKS: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda c: c.model_dim % c.num_heads == 0, "MODEL_DIM={model_dim} must be a multiple of NUM_HEADS={num_heads}"),
@@ -385,6 +473,13 @@ MODEL_CHECKS: tuple[tuple[Callable[[Config], bool], str], ...] = (
      "LOOP_START={loop_start} <= LOOP_END={loop_end} < NUM_LAYERS={num_layers} must hold (or set NUM_LOOPS=0)"),
     (lambda c: c.attn_gate_dims <= c.model_dim,
      "ATTN_GATE_DIMS={attn_gate_dims} must not exceed MODEL_DIM={model_dim}"),
+    (lambda c: set(seeded_maps(c)) <= set(MAP_RANKS),
+     "SEED_MAPS={seed_maps!r} must be none, all, attn, mlp, or some of q,k,v,proj,up,down with commas"),
+    (lambda c: c.seed_basis != "none" or min(c.adapter_rank or min(c.lora_rank_attn, c.lora_rank_mlp), 1) > 0,
+     "SEED_BASIS=none leaves adapters alone: LORA_RANK_ATTN={lora_rank_attn} and LORA_RANK_MLP={lora_rank_mlp} must be "
+     "positive"),
+    (lambda c: all(layer.isdigit() and int(layer) < c.num_layers for layer in listed(c.seed_layers)),
+     "SEED_LAYERS={seed_layers!r} must be layers below NUM_LAYERS={num_layers}, with commas"),
     (lambda c: c.eval_stride <= c.eval_seq_len, "EVAL_STRIDE={eval_stride} exceeds EVAL_SEQ_LEN={eval_seq_len}"),
     (lambda c: not c.ttt_enabled or c.ttt_chunk_tokens % c.eval_stride == 0,
      "TTT_CHUNK_TOKENS={ttt_chunk_tokens} must be a multiple of EVAL_STRIDE={eval_stride}"),
@@ -1049,26 +1144,20 @@ class Prefetcher:
 # ######################################################################################################################
 
 
-# orthogonal: every map whose output is not added to the residual stream; zero: those whose output is
-INITS: dict[str, Callable[[Tensor], Any]] = {"orthogonal": nn.init.orthogonal_, "zero": nn.init.zeros_}
-
-
-class DenseLinear(nn.Module):
-    """y = x W^T. Weight fp32 [fan_out, fan_in], cast to the activation's type at use.
+class LinearMap(nn.Module):
+    """y = x W^T for some W [fan_out, fan_in], given as a dense matrix of the activation's type at use.
 
     A scale is folded into the weight instead of being applied to activations: scaling 512 rows costs nothing, scaling
     10^5 tokens and reducing their gradients cost about a tenth of a training step.
     """
 
-    def __init__(self, fan_in: int, fan_out: int, init: str):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(fan_out, fan_in))
-        INITS[init](self.weight.data)
-        self.tap: Callable[[Tensor], None] | None = None  # sees the input [..., fan_in] while Hessians are collected
+    calibrated = "weight"  # the parameter that is rounded knowing the map's input; empty: none
+    tap: Callable[[Tensor], None] | None = None  # sees the input [..., fan_in] while Hessians are collected
+    turn: Tensor | None = None  # int64 [1]: which visit of a repeated layer this is
 
     def matrix(self, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
         """The map as a dense matrix; ``scale`` broadcasts against [fan_out, fan_in]."""
-        return (self.weight if scale is None else self.weight * scale).to(dtype)
+        raise NotImplementedError
 
     def see(self, x: Tensor) -> None:
         """Show an input to the tap, if there is one."""
@@ -1079,7 +1168,7 @@ class DenseLinear(nn.Module):
         return apply_maps(x, (self,), scale)
 
 
-def apply_maps(x: Tensor, maps: tuple[DenseLinear, ...], scale: Tensor | None = None) -> Tensor:
+def apply_maps(x: Tensor, maps: tuple[LinearMap, ...], scale: Tensor | None = None) -> Tensor:
     """Several maps of one input as a single product: [..., fan_in] -> [..., sum of fan_out]."""
     for linear_map in maps:
         linear_map.see(x)
@@ -1087,13 +1176,286 @@ def apply_maps(x: Tensor, maps: tuple[DenseLinear, ...], scale: Tensor | None = 
     return F.linear(x, torch.cat(matrices) if len(matrices) > 1 else matrices[0])
 
 
+# orthogonal: every map whose output is not added to the residual stream; zero: those whose output is
+INITS: dict[str, Callable[[Tensor], Any]] = {"orthogonal": nn.init.orthogonal_, "zero": nn.init.zeros_}
+
+
+class DenseLinear(LinearMap):
+    """Every weight learned and stored: fp32 [fan_out, fan_in]."""
+
+    def __init__(self, name: str, fan_in: int, fan_out: int, init: str):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(fan_out, fan_in))
+        INITS[init](self.weight.data)
+
+    def matrix(self, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+        return (self.weight if scale is None else self.weight * scale).to(dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Matrices from seeds. Integers from counters, exact in fp32 whatever the order of their sums, rounded once, to bf16
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def bits_of(seed: int, name: str, turn: int) -> np.random.Philox:
+    """The counter-based stream of raw 64-bit words that belongs to a map's name: adding a map changes no other's."""
+    key = hashlib.blake2b(f"{seed}/{name}/{turn}".encode(), digest_size=16).digest()
+    return np.random.Philox(key=int.from_bytes(key, "little"))
+
+
+def random_signs(bits: np.random.Philox, count: int) -> Tensor:
+    """fp32 +-1."""
+    words = bits.random_raw(-(-count // 64)).astype("<u8").view(np.uint8)
+    return torch.from_numpy(np.unpackbits(words, bitorder="little")[:count].astype(np.float32)) * 2 - 1
+
+
+def random_normals(bits: np.random.Philox, count: int) -> Tensor:
+    """fp32 integers of variance 16 that are Gaussian but for their range: 64 coin tosses each, less 32."""
+    words = bits.random_raw(count)
+    words -= (words >> np.uint64(1)) & np.uint64(0x5555555555555555)  # counts of 2, then 4, then 8 bits, side by side
+    words = (words & np.uint64(0x3333333333333333)) + ((words >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    words = (words + (words >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    counts = (words * np.uint64(0x0101010101010101)) >> np.uint64(56)
+    return torch.from_numpy(counts.astype(np.float32)) - 32
+
+
+@functools.lru_cache(maxsize=4)
+def paley(order: int) -> Tensor:
+    """A Hadamard matrix of order 1, or q + 1 for a prime q = 3 mod 4 (Paley 1933): fp32 +-1, H H^T = order I."""
+    q = order - 1
+    squares = {i * i % q for i in range(1, q)} if q else set()
+    H = torch.ones(order, order)
+    for i in range(1, order):
+        for j in range(order):
+            H[i, j] = -1 if j == 0 or (i != j and (j - i) % q not in squares) else 1
+    return H
+
+
+CORES = (1, 12, 20)  # a Hadamard matrix of order m 2^k for these m is the Kronecker product of paley(m) and Sylvester's
+
+
+def hadamard_order(size: int) -> int:
+    """The least order >= size that CORES and powers of two give."""
+    return min(core << max(0, (-(-size // core) - 1).bit_length()) for core in CORES)
+
+
+def hadamard(x: Tensor, core: Tensor) -> Tensor:
+    """H x over the last axis, H = core (x) Sylvester's matrix, unnormalised: [..., m 2^k] -> the same.
+
+    n log2 n additions (Fast Walsh-Hadamard); integers stay integers, and below 2^24 fp32 holds them exactly.
+    """
+    shape, m = x.shape, len(core)
+    size, reach = shape[-1] // m, 1
+    while reach < size:
+        a, b = x.unflatten(-1, (-1, 2, reach)).unbind(-2)
+        x, reach = torch.stack((a + b, a - b), -2).flatten(-3), 2 * reach
+    x = x.reshape(*shape[:-1], m, size)
+    return (core.to(x) @ x if m > 1 else x).reshape(shape)
+
+
+# A square random matrix is a product of steps (kind, tensor), the last one applied first. All take the last axis.
+STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "hadamard": hadamard,
+    "diagonal": lambda x, d: x * d.to(x),
+    "permutation": lambda x, order: x.index_select(-1, order),
+}
+TRANSPOSED: dict[str, Callable[[Tensor], Tensor]] = {
+    "hadamard": lambda core: core.T, "diagonal": lambda d: d, "permutation": torch.argsort,
+}  # fmt: skip
+
+
+def run_steps(steps: list[tuple[str, Tensor]], x: Tensor, transposed: bool = False) -> Tensor:
+    """R x, or R^T x, over the last axis [..., n], in O(n log n) operations a vector."""
+    for kind, tensor in steps if transposed else reversed(steps):
+        x = STEPS[kind](x, TRANSPOSED[kind](tensor) if transposed else tensor)
+    return x
+
+
+def hadamard_steps(bits: np.random.Philox, order: int) -> tuple[list, float]:
+    """H D H D H D, D random signs: orthogonal to the last bit (times order^1.5) and close to uniform among those.
+
+    Orthogonal random features (Yu et al. 2016, https://arxiv.org/abs/1610.09072). Every partial sum is at most
+    order^1.5 in size (Cauchy-Schwarz), so fp32 is exact for any order up to 2^16. Entries have size ``order``.
+    """
+    core = paley(next(m for m in CORES if order % m == 0 and (order // m) & (order // m - 1) == 0))
+    pairs = [(("hadamard", core), ("diagonal", random_signs(bits, order))) for _ in range(3)]
+    return [step for pair in pairs for step in pair], float(order)
+
+
+def fastfood_steps(bits: np.random.Philox, order: int) -> tuple[list, float]:
+    """S H G P H B (Le, Sarlos, Smola 2013): B signs, P a permutation, G Gaussian, S the lengths of Gaussian rows.
+
+    Rows of H G P H B have the length sqrt(n) |G|, so S is s / |G| with s_i = 1 + z_i / sqrt(2n), z normal, the
+    distribution of a Gaussian vector's length over sqrt(n). Partial sums of integers are at most 32 n. Size 1.
+    """
+    core = paley(1)
+    signs, order_ = random_signs(bits, order), torch.from_numpy(np.argsort(bits.random_raw(order), kind="stable"))
+    gauss, lengths = random_normals(bits, order), random_normals(bits, order).double()
+    lengths = (1 + lengths / (4 * math.sqrt(2 * order))) / math.sqrt(float(gauss.double().square().sum()))
+    steps = [("diagonal", lengths.float()), ("hadamard", core), ("diagonal", gauss), ("permutation", order_),
+             ("hadamard", core), ("diagonal", signs)]  # fmt: skip
+    return steps, 1.0
+
+
+class Structured(NamedTuple):
+    """A matrix of square blocks side by side: one on top of another if it is tall, else the transpose of such a pile.
+
+    Blocks are of the least fitting order of the short side; what sticks out is cut off. Where the short side is such
+    an order and divides the long one, an orthogonal kind of block makes the short side's vectors exactly orthogonal.
+    """
+
+    blocks: list[list[tuple[str, Tensor]]]
+    fan_out: int
+    fan_in: int
+    size: float  # root mean square of the entries
+
+    def apply(self, x: Tensor) -> Tensor:
+        """R x in O(long log short) a vector: [..., fan_in] -> [..., fan_out]."""
+        order = len(next(t for kind, t in self.blocks[0] if kind == "diagonal"))
+        if self.fan_out >= self.fan_in:
+            x = F.pad(x, (0, order - self.fan_in))
+            return torch.cat([run_steps(steps, x) for steps in self.blocks], -1)[..., : self.fan_out]
+        parts = F.pad(x, (0, order * len(self.blocks) - self.fan_in)).split(order, -1)
+        parts = [part for part in parts if part.shape[-1]]
+        total = sum(run_steps(steps, part, True) for steps, part in zip(self.blocks, parts, strict=True))
+        return total[..., : self.fan_out]
+
+    def dense(self) -> Tensor:
+        """R, fp32 [fan_out, fan_in]."""
+        short, long = sorted((self.fan_out, self.fan_in))
+        order = len(next(t for kind, t in self.blocks[0] if kind == "diagonal"))
+        eye = torch.eye(order)
+        tall = torch.cat([run_steps(steps, eye, True) for steps in self.blocks])[:long, :short]
+        return tall if self.fan_out >= self.fan_in else tall.T
+
+
+def structured(steps: Callable, order_of: Callable[[int], int]) -> Callable[..., Structured]:
+    """(bits, fan_out, fan_in) -> the matrix whose blocks ``steps`` makes."""
+
+    def make(bits: np.random.Philox, fan_out: int, fan_in: int) -> Structured:
+        short, long = sorted((fan_out, fan_in))
+        order = order_of(short)
+        made = [steps(bits, order) for _ in range(-(-long // order))]
+        return Structured([block for block, _ in made], fan_out, fan_in, made[0][1])
+
+    return make
+
+
+class Drawn(NamedTuple):
+    """A matrix of independent entries: fp32 [fan_out, fan_in], and their root mean square."""
+
+    entries: Tensor
+    size: float
+
+    def apply(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.entries.to(x))
+
+    def dense(self) -> Tensor:
+        return self.entries
+
+
+def drawn(entries: Callable, size: float) -> Callable[..., Drawn]:
+    """(bits, fan_out, fan_in) -> a matrix of such entries."""
+    return lambda bits, fan_out, fan_in: Drawn(entries(bits, fan_out * fan_in).view(fan_out, fan_in), size)
+
+
+BASES: dict[str, Callable[..., Structured | Drawn]] = {
+    "hadamard": structured(hadamard_steps, hadamard_order),
+    "rademacher": drawn(random_signs, 1.0),
+    "gaussian": drawn(random_normals, 4.0),
+    "fastfood": structured(fastfood_steps, lambda size: 1 << (size - 1).bit_length()),
+}
+
+
+class Seeding(NamedTuple):
+    """How a map is made from a seed: basis and its seed, rank of the adapters and their alpha (0: the rank), number of
+    visits with a basis of their own, and whether every row has a scale."""
+
+    basis: str
+    seed: int
+    rank: int
+    alpha: float
+    turns: int
+    rows: bool
+
+
+class SeededLinear(LinearMap):
+    """W_k = s_k R_k + (alpha / r) g B A: R from the map's name and a seed, never stored; A, B and s learned.
+
+    LoRA's adapters (Hu et al. 2021) on random matrices (VeRA, NOLA; challenge #1113, RLMA of #2114). Shapes: lora_A
+    [r, fan_in], lora_B [fan_out, r], basis_scale [turns, fan_out or 1, 1]. Stored: r (fan_in + fan_out) integers, the
+    scales in fp16, and nothing of R but the one seed of the configuration.
+
+    R has the Frobenius norm of an orthogonal start, whatever the basis. s starts at 1, or at 0 where the output joins
+    the residual stream (init "zero"); A has orthonormal rows, B is zero. So the map starts as a dense one would.
+    Without a basis B starts as a partial isometry unless init is "zero". g = sqrt(max(1, fan_out / fan_in)) is the
+    factor that Muon gives a dense matrix of this shape: with B's update orthogonal and A's rows orthonormal, the
+    product's first step is as large as a dense one's in the spectral norm at the same learning rate.
+
+    The sum is formed dense, once a visit: 2 r fan_in fan_out operations, as much as r tokens cost. Applying the factors
+    to the activations would cost every token r (fan_in + fan_out), 1/8 of a 512 x 512 map's product at rank 32, and
+    another pass over them; the fast transform would save the product and pay log n passes (README).
+    """
+
+    def __init__(self, name: str, fan_in: int, fan_out: int, init: str, how: Seeding):
+        super().__init__()
+        rank = min(how.rank, fan_in, fan_out)
+        self.calibrated = "lora_A" if rank else ""
+        self.lora_A = nn.Parameter(torch.empty(rank, fan_in)) if rank else None
+        self.lora_B = nn.Parameter(torch.zeros(fan_out, rank)) if rank else None
+        self.scaling = (how.alpha / rank if how.alpha else 1.0) * max(1.0, fan_out / fan_in) ** 0.5 if rank else 0.0
+        self.basis_scale, self.unit = None, 0.0
+        if rank:
+            nn.init.orthogonal_(self.lora_A.data)
+        if how.basis != "none":
+            start = torch.full((how.turns, fan_out if how.rows else 1, 1), float(init != "zero"))
+            self.basis_scale = nn.Parameter(start)
+            base = torch.empty(how.turns, fan_out, fan_in, dtype=torch.bfloat16)
+            self.register_buffer("base", base, persistent=False)
+            self._draw(name, how)
+        elif init != "zero":
+            nn.init.orthogonal_(self.lora_B.data)
+            self.lora_B.data /= self.scaling
+
+    def _draw(self, name: str, how: Seeding) -> None:
+        """Fill the buffer of random matrices; ``unit`` brings them to the norm of an orthogonal start."""
+        _, fan_out, fan_in = self.base.shape
+        for turn in range(how.turns if not self.base.is_meta else 0):
+            basis = BASES[how.basis](bits_of(how.seed, name, turn), fan_out, fan_in)
+            self.base[turn] = basis.dense().bfloat16()
+            self.unit = 1 / (basis.size * math.sqrt(max(fan_out, fan_in)))
+
+    def matrix(self, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+        """One pass over [fan_out, fan_in] and a product of rank r; the compiler fuses the pass."""
+        W = 0.0
+        if self.lora_A is not None:
+            W = self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype)).float()
+        if self.basis_scale is not None:
+            turn = self.turn if len(self.base) > 1 else None
+            s, R = (t[0] if turn is None else t.index_select(0, turn)[0] for t in (self.basis_scale, self.base))
+            W = W + (self.unit * s) * R.float()
+        return (W if scale is None else W * scale).to(dtype)
+
+
 # kind -> module; a kind is chosen by name, and the name of a map keys whatever is random in it
-LINEAR_KINDS: dict[str, Callable[..., nn.Module]] = {"dense": lambda name, *args: DenseLinear(*args)}
+LINEAR_KINDS: dict[str, Callable[..., LinearMap]] = {"dense": DenseLinear, "seeded": SeededLinear}
 
 
-def linear(name: str, fan_in: int, fan_out: int, init: str = "orthogonal", kind: str = "dense") -> nn.Module:
-    """The one factory of matrices. ``name`` is the map's full parameter path."""
-    return LINEAR_KINDS[kind](name, fan_in, fan_out, init)
+def linear(name: str, fan_in: int, fan_out: int, init: str = "orthogonal", kind: str = "dense", *how: Any) -> LinearMap:
+    """The one factory of matrices. ``name`` is the map's full parameter path; ``how`` is for its kind alone."""
+    return LINEAR_KINDS[kind](name, fan_in, fan_out, init, *how)
+
+
+def layer_map(cfg: Config, turns: int, name: str, fan_in: int, fan_out: int, init: str = "orthogonal") -> LinearMap:
+    """A matrix of a layer that runs ``turns`` times, ``name`` = blocks.LAYER.PART.MAP: dense, or as SEED_MAPS says."""
+    _, layer, _, part = name.split(".")
+    layers = listed(cfg.seed_layers)
+    if part not in seeded_maps(cfg) or (layers and layer not in layers):
+        return linear(name, fan_in, fan_out, init)
+    rank = cfg.adapter_rank or getattr(cfg, MAP_RANKS[part])
+    how = Seeding(cfg.seed_basis, cfg.basis_seed, rank, cfg.lora_alpha, turns if cfg.seed_per_visit else 1,
+                  cfg.seed_scale == "row")  # fmt: skip
+    return linear(name, fan_in, fan_out, init, "seeded", how)
 
 
 # ######################################################################################################################
@@ -2015,10 +2377,10 @@ class Attention(nn.Module):
         super().__init__()
         width, kv = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
         self.head_dim, self.backend = cfg.head_dim, backend
-        self.q = linear(f"{name}.q", width, width)
-        self.k = linear(f"{name}.k", width, kv)
-        self.v = linear(f"{name}.v", width, kv)
-        self.proj = linear(f"{name}.proj", width, width, init="zero")
+        self.q = layer_map(cfg, layer.turns, f"{name}.q", width, width)
+        self.k = layer_map(cfg, layer.turns, f"{name}.k", width, kv)
+        self.v = layer_map(cfg, layer.turns, f"{name}.v", width, kv)
+        self.proj = layer_map(cfg, layer.turns, f"{name}.proj", width, width, init="zero")
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
         self.value_mix = nn.Parameter(torch.ones(())) if layer.values else None
         self.stages = nn.ModuleList(HEAD_STAGES[stage](cfg, f"{name}.{stage}") for stage in layer.head_stages)
@@ -2042,12 +2404,12 @@ HEAD_STAGES: dict[str, Callable[[Config, str], nn.Module]] = {"xsa": ExcludeSelf
 class MLP(nn.Module):
     """down(leaky_relu(up(x))^2): the squared (leaky) ReLU of Primer and of PR #549 (-0.002 bpb over ReLU^2 there)."""
 
-    def __init__(self, cfg: Config, name: str):
+    def __init__(self, cfg: Config, layer: LayerSpec, name: str):
         super().__init__()
         hidden = int(cfg.model_dim * cfg.mlp_mult)
         self.slope = cfg.mlp_slope
-        self.up = linear(f"{name}.up", cfg.model_dim, hidden)
-        self.down = linear(f"{name}.down", hidden, cfg.model_dim, init="zero")
+        self.up = layer_map(cfg, layer.turns, f"{name}.up", cfg.model_dim, hidden)
+        self.down = layer_map(cfg, layer.turns, f"{name}.down", hidden, cfg.model_dim, init="zero")
 
     def forward(self, x: Tensor, scale_in: Tensor, scale_out: Tensor, ops: Ops) -> Tensor:
         self.up.see(x)
@@ -2058,10 +2420,13 @@ class MLP(nn.Module):
 class LayerSpec(NamedTuple):
     """One row of the layer table: what is particular to a physical layer."""
 
+    kind: str
     residual: str
     head_stages: tuple[str, ...]
     scale: float
     values: bool  # whether its values get the value embedding
+    turns: int  # visits of a forward pass, at most
+    rho: float  # the constant of RESIDUAL_KIND
 
 
 def layer_list(cfg: Config) -> tuple[int, ...]:
@@ -2074,16 +2439,20 @@ def layer_list(cfg: Config) -> tuple[int, ...]:
 
 def layer_table(cfg: Config) -> list[LayerSpec]:
     """The columns of the schedule that belong to physical layers, filled in one place."""
-    rows = []
+    rows, visits = [], cfg.num_layers + cfg.num_loops * (cfg.loop_end - cfg.loop_start + 1) * cfg.loops
     for layer in range(cfg.num_layers):
-        parallel = 0 <= cfg.parallel_residual_start <= layer
+        parallel = "parallel" if 0 <= cfg.parallel_residual_start <= layer else "sequential"
+        turns = 1 + cfg.num_loops if cfg.loops and cfg.loop_start <= layer <= cfg.loop_end else 1
         stages = [("xsa", layer >= cfg.num_layers - cfg.xsa_last_n), (cfg.attn_gate, cfg.attn_gate != "none")]
         rows.append(
             LayerSpec(
-                residual="parallel" if parallel else "sequential",
+                kind="universal" if turns > 1 and (cfg.depth_embed or cfg.step_gates) else "plain",
+                residual=parallel if cfg.residual_kind == "plain" else cfg.residual_kind,
                 head_stages=tuple(stage for stage, used in stages if used),
                 scale=1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0,
                 values=layer in layer_list(cfg),
+                turns=turns,
+                rho=1.0 if cfg.residual_kind == "plain" else cfg.residual_scale or visits**-0.5,
             )
         )
     return rows
@@ -2099,19 +2468,31 @@ class Block(nn.Module):
     def __init__(self, cfg: Config, layer: LayerSpec, name: str, backend: str):
         super().__init__()
         self.attn = Attention(cfg, layer, f"{name}.attn", backend)
-        self.mlp = MLP(cfg, f"{name}.mlp")
-        self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
-        self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
+        self.mlp = MLP(cfg, layer, f"{name}.mlp")
+        self.attn_scale = nn.Parameter(torch.full((cfg.model_dim,), cfg.branch_scale_init))
+        self.mlp_scale = nn.Parameter(torch.full((cfg.model_dim,), cfg.branch_scale_init))
         mix = torch.stack([torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim)])
         self.resid_mix = nn.Parameter(mix) if cfg.resid_mix else None
-        self.residual = layer.residual
+        self.residual, self.rho = layer.residual, layer.rho
         self.register_buffer("scale", torch.tensor(layer.scale), persistent=False)
+        self.register_buffer("all_turns", torch.arange(layer.turns)[:, None], persistent=False)
+        self.turn = self.all_turns[0]
+
+    def turn_to(self, turn: int) -> None:
+        """Tell the layer and its maps which visit comes next. Tensors, not numbers: one graph serves every visit."""
+        self.turn = self.all_turns[turn]
+        for linear_map in (self.attn.q, self.attn.k, self.attn.v, self.attn.proj, self.mlp.up, self.mlp.down):
+            linear_map.turn = self.turn
+
+    def scales(self) -> tuple[Tensor, Tensor]:
+        """What multiplies attention's and the MLP's part of the branch: [D], [D]."""
+        return self.attn_scale * self.rho, self.mlp_scale * self.rho
 
     def forward(self, x: Tensor, x0: Tensor, rope, docs: Tensor | None, ops: Ops, values: Tensor | None) -> Tensor:
         """x, x0 [B, T, D], values [B, T, G K] -> [B, T, D]."""
         u, n = (x, norm(x)) if self.resid_mix is None else ops.mix_norm(x, x0, *self.resid_mix)
         attention = functools.partial(
-            self.attn, rope=rope, docs=docs, scale_in=self.scale, scale_out=self.attn_scale, ops=ops, values=values
+            self.attn, rope=rope, docs=docs, scale_in=self.scale, scale_out=self.scales()[0], ops=ops, values=values
         )
         return RESIDUALS[self.residual](self, u, n, attention, ops)
 
@@ -2119,16 +2500,50 @@ class Block(nn.Module):
 def sequential(block: Block, u: Tensor, n: Tensor, attention: Callable[[Tensor], Tensor], ops: Ops) -> Tensor:
     """Attention, then the MLP on its sum with the stream."""
     h, n = ops.add_norm(u, attention(n))
-    return h + block.mlp(n, block.scale, block.mlp_scale, ops)
+    return h + block.mlp(n, block.scale, block.scales()[1], ops)
 
 
 def parallel(block: Block, u: Tensor, n: Tensor, attention: Callable[[Tensor], Tensor], ops: Ops) -> Tensor:
     """GPT-J's form: both branches read the same input (challenge PR #1204: -0.002 to -0.003 bpb)."""
     h = u + attention(n)
-    return h + block.mlp(n, block.scale, block.mlp_scale, ops)
+    return h + block.mlp(n, block.scale, block.scales()[1], ops)
 
 
-RESIDUALS = {"sequential": sequential, "parallel": parallel}
+def contraction(block: Block, u: Tensor, n: Tensor, attention: Callable[[Tensor], Tensor], ops: Ops) -> Tensor:
+    """r (u + branch), PR #2114's older form, kept as a control: what the stream held shrinks by r at every visit."""
+    return parallel(block, (block.rho * u).to(u.dtype), n, attention, ops)
+
+
+RESIDUALS = {"sequential": sequential, "parallel": parallel, "delta": parallel, "contraction": contraction}
+
+
+class Universal(Block):
+    """A repeated layer that knows which visit k it is (universal transformer, Dehghani et al. 2018; PR #2114).
+
+    DEPTH_EMBED: D_k [turns, D] joins the stream before visit k. STEP_GATES: 1 + tanh(G_k) multiplies what attention
+    and MLP add, G [turns, 2, D]. Both start at zero: the identity. Cost: 3 D fp16 numbers a visit.
+    """
+
+    def __init__(self, cfg: Config, layer: LayerSpec, name: str, backend: str):
+        super().__init__(cfg, layer, name, backend)
+        self.depth = nn.Parameter(torch.zeros(layer.turns, cfg.model_dim)) if cfg.depth_embed else None
+        self.step_gate = nn.Parameter(torch.zeros(layer.turns, 2, cfg.model_dim)) if cfg.step_gates else None
+
+    def scales(self) -> tuple[Tensor, Tensor]:
+        attention, feed = super().scales()
+        if self.step_gate is None:
+            return attention, feed
+        gates = 1 + torch.tanh(self.step_gate.index_select(0, self.turn)[0])
+        return attention * gates[0], feed * gates[1]
+
+    def forward(self, x: Tensor, x0: Tensor, rope, docs: Tensor | None, ops: Ops, values: Tensor | None) -> Tensor:
+        """x, x0 [B, T, D], values [B, T, G K] -> [B, T, D]."""
+        if self.depth is not None:
+            x = (x + self.depth.index_select(0, self.turn)[0]).to(x.dtype)
+        return super().forward(x, x0, rope, docs, ops, values)
+
+
+BLOCKS: dict[str, type[Block]] = {"plain": Block, "universal": Universal}
 
 
 class SmearGate(nn.Module):
@@ -2245,6 +2660,7 @@ class Visit(NamedTuple):
     layer: int
     skip_from: int | None  # layer whose kept output joins the stream before this visit
     keep: bool  # whether a later visit wants this one's output
+    turn: int  # how often the layer has run before in this pass
 
 
 def virtual_order(cfg: Config, looping: bool) -> list[int]:
@@ -2276,7 +2692,8 @@ def schedule(cfg: Config, looping: bool) -> tuple[Visit, ...]:
     for position, layer in enumerate(order):
         final = last[layer] == position
         source = pairs.get(layer) if final else None
-        visits.append(Visit(layer, source, keep=final and layer in pairs.values()))
+        turn = order[:position].count(layer)
+        visits.append(Visit(layer, source, keep=final and layer in pairs.values(), turn=turn))
     return tuple(visits)
 
 
@@ -2319,7 +2736,7 @@ class GPT(nn.Module):
         self.mixers = nn.ModuleDict({name: row.make(cfg) for name, row in MIXERS.items() if row.wanted(cfg)})
         self.values = ValueEmbedding(cfg) if cfg.ve_layers else None
         layers = enumerate(layer_table(cfg))
-        self.blocks = nn.ModuleList(Block(cfg, layer, f"blocks.{i}", backend) for i, layer in layers)
+        self.blocks = nn.ModuleList(BLOCKS[layer.kind](cfg, layer, f"blocks.{i}", backend) for i, layer in layers)
         self.skips = nn.ModuleDict({f"{s}_{d}": SKIPS[cfg.skip_kind](cfg) for d, s in skip_pairs(cfg).items()})
         self.schedules = {looping: schedule(cfg, looping) for looping in (False, True)}
         self.head_tap: Callable[[Tensor], None] | None = None
@@ -2347,6 +2764,7 @@ class GPT(nn.Module):
             if visit.skip_from is not None:
                 x = self.parts["skip"](self.skips[f"{visit.skip_from}_{visit.layer}"], x, kept.pop(visit.skip_from))
             block = self.blocks[visit.layer]
+            block.turn_to(visit.turn)
             own = values if block.attn.value_mix is not None else None
             x = self.parts["block"](block, x, x0, rope, docs, self.ops, own)
             if visit.keep:
@@ -2380,6 +2798,11 @@ def join(skip: nn.Module, x: Tensor, source: Tensor) -> Tensor:
     return skip(x, source)
 
 
+def visit_block(block: Block, *stream: Any) -> Tensor:
+    """Whatever kind of block it is."""
+    return block.forward(*stream)
+
+
 def head_logits(x: Tensor, weight: Tensor, cap: float) -> Tensor:
     """Soft-capped logits of the whole vocabulary, fp32: [..., D] -> [..., V]."""
     return softcap(F.linear(norm(x), weight.to(x.dtype)), cap)
@@ -2395,7 +2818,7 @@ def head_nll(x: Tensor, weight: Tensor, targets: Tensor, cap: float, ops: Ops) -
 PARTS: dict[str, Callable] = {
     "embed": embed,
     "values": ValueEmbedding.forward,
-    "block": Block.forward,
+    "block": visit_block,
     "skip": join,
     "nll": head_nll,
     "logits": head_logits,
@@ -2433,14 +2856,24 @@ class ParamRow(NamedTuple):
 # gains, mixes and gates: everything that is no matrix
 VECTORS = (
     r".*\.(q_gain|attn_scale|mlp_scale|resid_mix|skip_weight|skip_gate|gate|smear_scale|smear_gate|bigram_scale"
-    r"|value_scale|value_mix)"
+    r"|value_scale|value_mix|basis_scale|depth|step_gate)"
 )
 PARAM_TABLE = (
     ParamRow(r"embed|(mixers\.bigram|values)\.table", "adamw", "tied_embed_lr|embed_lr", "embed_wd"),
     ParamRow(r"head\.weight", "adamw", "head_lr", "embed_wd"),
     ParamRow(r"(blocks\.\d+|mixers|values)\..*\.weight", "muon", "matrix_lr", "muon_wd"),
+    ParamRow(r"blocks\.\d+\..*\.lora_A", "muon_factor", "lora_a_lr", "lora_wd"),
+    ParamRow(r"blocks\.\d+\..*\.lora_B", "muon_factor", "lora_b_lr", "lora_wd"),
     ParamRow(VECTORS, "adamw", "scalar_lr", "adam_wd"),
 )  # fmt: skip
+
+
+# What a Muon kind makes of its learning rate, given a parameter's shape. muon_update grows by sqrt(rows / columns) for
+# tall matrices. For a factor that is undone: SeededLinear.scaling already holds its map's own.
+MUON_KINDS: dict[str, Callable[[torch.Size], float]] = {
+    "muon": lambda shape: 1.0,
+    "muon_factor": lambda shape: max(1.0, shape[0] / shape[1]) ** -0.5,
+}
 
 
 def owner(name: str, rows: tuple) -> Any:
@@ -2497,13 +2930,13 @@ def muon_update(g: Tensor, m: Tensor, momentum: float, rows: bool, orthogonalize
 
 
 class Bank:
-    """The matrices of one shape, stacked; each rank owns a contiguous share and its momentum.
+    """The matrices of one shape and one row of the table, stacked; each rank owns a contiguous share and its momentum.
 
     Gradients travel once: reduce-scattered to the owners, whose updates are all-gathered.
     """
 
-    def __init__(self, names: list[str], params: list[nn.Parameter], run: Run):
-        self.names, self.params, self.run = names, params, run
+    def __init__(self, names: list[str], params: list[nn.Parameter], run: Run, lr: float, decay: float):
+        self.names, self.params, self.run, self.lr, self.decay = names, params, run, lr, decay
         self.share = -(-len(params) // run.world_size)
         shape, device = params[0].shape, params[0].device
         self.momentum = torch.zeros(self.share, *shape, device=device)
@@ -2547,9 +2980,8 @@ class Optimizers:
         for row, named in groups.items():
             lr_name = row.lr.split("|")[0 if cfg.tie_embeddings else -1]
             lr, wd = getattr(cfg, lr_name), getattr(cfg, row.wd)
-            if row.kind == "muon":
-                self.matrix_lr, self.matrix_wd = lr, wd
-                self.banks = self._stack(named)
+            if row.kind in MUON_KINDS:
+                self.banks += self._stack(named, MUON_KINDS[row.kind], lr, wd)
             else:
                 adam.append(dict(params=list(named.values()), lr=lr, base_lr=lr, weight_decay=wd))
         self.small = [param for group in adam for param in group["params"]]
@@ -2561,11 +2993,14 @@ class Optimizers:
             lambda g: newton_schulz(g, cfg.muon_backend_steps, coefficients, dtype)
         )
 
-    def _stack(self, named: dict[str, nn.Parameter]) -> list[Bank]:
+    def _stack(self, named: dict[str, nn.Parameter], size: Callable, lr: float, wd: float) -> list[Bank]:
         shapes: dict[torch.Size, list[str]] = {}
         for name, param in named.items():
             shapes.setdefault(param.shape, []).append(name)
-        return [Bank(names, [named[name] for name in names], self.run) for names in shapes.values()]
+        return [
+            Bank(names, [named[name] for name in names], self.run, lr * size(shape), lr * wd)
+            for shape, names in shapes.items()
+        ]
 
     @torch.no_grad()
     def warm_up(self) -> None:
@@ -2595,8 +3030,8 @@ class Optimizers:
             if self.cfg.muon_beta2:
                 update = even_sizes(update, bank.row_square, self.cfg.muon_beta2)
             update = bank.gather(update)
-            torch._foreach_mul_(bank.params, 1 - self.matrix_lr * lr_scale * self.matrix_wd)
-            torch._foreach_add_(bank.params, [u.float() for u in update], alpha=-self.matrix_lr * lr_scale)
+            torch._foreach_mul_(bank.params, 1 - lr_scale * bank.decay)
+            torch._foreach_add_(bank.params, [u.float() for u in update], alpha=-bank.lr * lr_scale)
         for param in [*self.small, *(param for bank in self.banks for param in bank.params)]:
             param.grad = None
         return total
@@ -2992,6 +3427,7 @@ class TensorRow(NamedTuple):
 TENSOR_PLAN = (
     TensorRow(r"embed|head\.weight|(mixers\.bigram|values)\.table", "int", "embed_bits", "embed_clip_sigmas"),
     TensorRow(r"(blocks\.\d+|mixers|values)\..*\.weight", "int", "matrix_bits", "matrix_clip_sigmas"),
+    TensorRow(r"blocks\.\d+\..*\.lora_[AB]", "factor", "matrix_bits", "matrix_clip_sigmas"),
     TensorRow(VECTORS, "half"),
 )
 
@@ -3019,15 +3455,15 @@ def tapped(model: GPT, hessians: dict[str, Tensor]) -> Iterator[None]:
 
         return tap
 
-    maps = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, DenseLinear)}
+    maps = {name: module for name, module in model.named_modules() if isinstance(module, LinearMap)}
     parts, ops = model.parts, model.ops
     model.parts, model.ops = PARTS, PLAIN
     model.head_tap = adder("embed" if model.head is None else "head.weight")
     for name, module in maps.items():
-        if re.search(r"\.attn\.[kv]\.weight$|^head\.", name):
+        if re.search(r"\.attn\.[kv]$|^head$", name):
             continue  # k and v read q's input; the head has its own tap
-        shared = [name.replace(".q.", f".{part}.") for part in "qkv"] if ".attn.q." in name else [name]
-        module.tap = adder(*shared)
+        shared = [name[:-1] + part for part in "qkv"] if name.endswith(".attn.q") else [name]
+        module.tap = adder(*(f"{one}.{maps[one].calibrated}" for one in shared if maps[one].calibrated))
     try:
         yield
     finally:
@@ -3113,6 +3549,77 @@ def gptq(W: Tensor, H: Tensor, scale: Tensor, bits: int, percdamp: float, blocks
     return torch.empty_like(Q).scatter_(2, order[:, None, :].expand_as(Q), Q).to(torch.int8)
 
 
+def rotate_factors(A: Tensor, B: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
+    """(A', B') with B' A' = B A, A' H' A'^T = I and orthogonal columns of B', H' = H over its mean pivot.
+
+    The singular value decomposition of B A as the inputs see it, B A H^(1/2) = U S V^T, from QR decompositions of the
+    thin factors: A' = V^T H^(-1/2), B' = U S. Every direction then has one number, its singular value, that says what
+    an error in it costs, and B's Hessian is the identity. A [n, r, c], B [n, o, r], H [n, c, c] -> the same.
+    """
+    L = torch.linalg.cholesky(H)
+    L = L / L.diagonal(dim1=-2, dim2=-1).square().mean(-1).sqrt()[:, None, None]
+    Q, R = torch.linalg.qr((A @ L).mT)
+    Qb, Rb = torch.linalg.qr(B)
+    U, S, V = torch.linalg.svd(Rb @ R.mT, full_matrices=False)
+    return torch.linalg.solve_triangular(L, (Q @ V.mT).mT, upper=False, left=False), Qb @ (U * S[:, None, :])
+
+
+def refit_factor(A: Tensor, B: Tensor, rounded: Tensor, H: Tensor, percdamp: float) -> tuple[Tensor, Tensor]:
+    """(B*, G): B* = argmin tr((B A - B* Q) H (B A - B* Q)^T) for the rounded Q of A, and its Hessian G = Q H Q^T."""
+    G = damp(rounded @ H @ rounded.mT, percdamp * 0.01)
+    return torch.linalg.solve(G, rounded @ H @ A.mT @ B.mT).mT, G
+
+
+def quantize_factors(A: Tensor, B: Tensor, H: Tensor, ratio: float, percdamp: float) -> tuple[tuple, tuple]:
+    """Integers of A and B, fp16 steps of their rows, such that B A survives where the inputs are: ((q, s), (q, s)).
+
+    B has the step s = ratio x rms(B) everywhere, row i of A the step s m / |b_i|, b_i the column of B that multiplies
+    it and m the mean length of A's rows in units of H's mean pivot: then a bit buys the same loss in A and in B (an
+    error e in A costs |b_i|^2 h e^2). A direction that matters little gets few bits, at last none. A is rounded by GPTQ
+    with H, B refitted to the rounded A and rounded by GPTQ with what it then reads. All ranges are those of int8.
+    """
+    h = torch.linalg.cholesky(H).diagonal(dim1=-2, dim2=-1).square().mean(-1)
+    length = (((A @ H) * A).sum(-1).mean(-1) / h).sqrt()
+    step = ratio * B.square().mean((-2, -1)).sqrt()
+    rows = (step * length)[:, None] / B.norm(dim=-2).clamp_min(1e-20)
+    rows = torch.maximum(rows, A.abs().amax(-1) / 127.5).clamp(2.0**-14, 60000.0).half()
+    q = gptq(A, H, rows, 8, percdamp)
+    B, G = refit_factor(A, B, q.float() * rows.float()[..., None], H, percdamp)
+    cols = torch.maximum(step[:, None], B.abs().amax(-1) / 127.5).clamp(2.0**-14, 60000.0).half()
+    return (q, rows), (gptq(B, G, cols, 8, percdamp), cols)
+
+
+def damp(H: Tensor, percdamp: float) -> Tensor:
+    """H + percdamp x its mean diagonal x I, positive definite even where H is zero: [n, c, c]."""
+    mean = H.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(1e-12)
+    return H + percdamp * mean * torch.eye(H.shape[-1], device=H.device)
+
+
+def factor_pairs(
+    cfg: Config, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor]
+) -> Iterator[tuple[list[str], Tensor, Tensor, Tensor]]:
+    """Adapters of one shape as stacks: (names of the maps, A [n, r, c], B [n, o, r], H [n, c, c])."""
+    stacks: dict[tuple, list[str]] = {}
+    for name in state:
+        if name.endswith(".lora_A"):
+            one = name.removesuffix(".lora_A")
+            stacks.setdefault((state[name].shape, state[f"{one}.lora_B"].shape), []).append(one)
+    for names in stacks.values():
+        A, B = (torch.stack([state[f"{one}.{part}"].float() for one in names]) for part in ("lora_A", "lora_B"))
+        eye = torch.eye(A.shape[-1], device=A.device)
+        H = torch.stack([hessians.get(f"{one}.lora_A", eye) for one in names])
+        yield names, A, B, damp(H, cfg.percdamp)
+
+
+def rotated(cfg: Config, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state with every pair of factors rotated: the same products, once for all tries of ``fit``."""
+    out = dict(state)
+    for names, A, B, H in factor_pairs(cfg, state, hessians):
+        for one, a, b in zip(names, *rotate_factors(A, B, H), strict=True):
+            out |= {f"{one}.lora_A": a, f"{one}.lora_B": b}
+    return out
+
+
 def quantize(cfg: Config, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], coarse: float = 1.0) -> dict:
     """Every tensor as its row of TENSOR_PLAN says; ``coarse`` multiplies all steps. No Hessian: round to nearest."""
     stored: dict[str, Any] = {}
@@ -3121,7 +3628,7 @@ def quantize(cfg: Config, state: Mapping[str, Tensor], hessians: Mapping[str, Te
         row = owner(name, TENSOR_PLAN)
         if row.codec == "half":
             stored[name] = tensor.float().clamp(-60000, 60000).half()
-        else:
+        elif row.codec == "int":
             stacks.setdefault((row, tuple(tensor.shape), name in hessians), []).append(name)
     for (row, _shape, calibrated), names in stacks.items():
         bits, sigmas = getattr(cfg, row.bits), getattr(cfg, row.clip) * coarse
@@ -3132,6 +3639,10 @@ def quantize(cfg: Config, state: Mapping[str, Tensor], hessians: Mapping[str, Te
         else:
             q = round_to_nearest(W, scale, bits)
         stored |= {name: Quantized(q[i], scale[i]) for i, name in enumerate(names)}
+    ratio = cfg.matrix_clip_sigmas * coarse / (2 ** (cfg.matrix_bits - 1) - 1)
+    for names, A, B, H in factor_pairs(cfg, state, hessians):
+        for part, (q, scale) in zip("AB", quantize_factors(A, B, H, ratio, cfg.percdamp), strict=True):
+            stored |= {f"{name}.lora_{part}": Quantized(q[i], scale[i]) for i, name in enumerate(names)}
     return {name: stored[name] for name in state}
 
 
@@ -3329,6 +3840,7 @@ def fit(cfg: Config, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor]
     All steps share one multiplier 2^x. Away from clipping a weight's entropy falls by one bit an octave, so x follows
     by a secant from the size just packed; the first guess comes from the order-0 entropy, which needs no coder.
     """
+    state = rotated(cfg, state, hessians)
     if not cfg.size_target:
         stored = quantize(cfg, state, hessians)
         return Export(pack(cfg, stored, looping), stored, 1.0, 1)
@@ -3337,7 +3849,7 @@ def fit(cfg: Config, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor]
         return min(max(x, COARSE_RANGE[0]), COARSE_RANGE[1])
 
     target = cfg.size_target - code
-    weights = sum(t.numel() for name, t in state.items() if owner(name, TENSOR_PLAN).codec == "int")
+    weights = sum(t.numel() for name, t in state.items() if owner(name, TENSOR_PLAN).codec != "half")
     x, best, tried = 0.0, None, []
     for _ in range(2):
         octaves = (1.012 * entropy_bytes(quantize(cfg, state, hessians, 2**x)) - target + 5000) * 8 / weights
@@ -4041,7 +4553,7 @@ def describe_command(cfg: Config) -> None:
         f"\n{'parameters':>12}  {'optimizer':<8}{'lr':<14}{'codec':<6}bytes at 3.4 bits a matrix weight (embedding 4.7)"
     )
     for (optimizer, stored), count in rows.items():
-        bits = {"half": 16, "int": 4.7 if stored.bits == "embed_bits" else 3.4}[stored.codec]
+        bits = {"half": 16, "factor": 3.4, "int": 4.7 if stored.bits == "embed_bits" else 3.4}[stored.codec]
         print(
             f"{count:>12}  {optimizer.kind:<8}{optimizer.lr.split('|')[0]:<14}{stored.codec:<6}{count * bits / 8:.0f}"
         )

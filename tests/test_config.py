@@ -197,6 +197,9 @@ CONTRADICTIONS = {
     ),
     "average": ({"WEIGHTS": "ema", "EMA_DECAY": "0"}, "EMA_DECAY"),
     "gate": ({"ATTN_GATE_DIMS": "513"}, "ATTN_GATE_DIMS"),
+    "seeded": ({"SEED_MAPS": "q,upp"}, "SEED_MAPS"),
+    "seeded_layer": ({"SEED_LAYERS": "3,11"}, "SEED_LAYERS"),
+    "nothing_left": ({"SEED_BASIS": "none", "LORA_RANK_MLP": "0"}, "SEED_BASIS"),
     "reserve": ({"GPTQ_RESERVE_SECONDS": "580"}, "GPTQ_RESERVE_SECONDS"),
     "size": ({"SIZE_TARGET": "17000000"}, "SIZE_TARGET"),
 }

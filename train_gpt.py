@@ -1405,6 +1405,7 @@ class SeededLinear(LinearMap):
         self.lora_B = nn.Parameter(torch.zeros(fan_out, rank)) if rank else None
         self.scaling = (how.alpha / rank if how.alpha else 1.0) * max(1.0, fan_out / fan_in) ** 0.5 if rank else 0.0
         self.basis_scale, self.unit = None, 0.0
+        self.effective = fan_out * fan_in * (how.turns if how.basis != "none" else 1)  # weights that it stands for
         if rank:
             nn.init.orthogonal_(self.lora_A.data)
         if how.basis != "none":
@@ -4557,6 +4558,10 @@ def describe_command(cfg: Config) -> None:
         print(
             f"{count:>12}  {optimizer.kind:<8}{optimizer.lr.split('|')[0]:<14}{stored.codec:<6}{count * bits / 8:.0f}"
         )
+    seeded = [module for module in model.modules() if isinstance(module, SeededLinear)]
+    if seeded:
+        own = sum(param.numel() for module in seeded for param in module.parameters())
+        print(f"{own:>12}  of them stand for the {sum(module.effective for module in seeded)} weights of seeded maps")
     print(f"{sum(rows.values()):>12}  in all; script packed: {len(packed_script(script_source()))} bytes")
 
 

@@ -1449,8 +1449,7 @@ def linear(name: str, fan_in: int, fan_out: int, init: str = "orthogonal", kind:
 
 def layer_map(cfg: Config, turns: int, name: str, fan_in: int, fan_out: int, init: str = "orthogonal") -> LinearMap:
     """A matrix of a layer that runs ``turns`` times, ``name`` = blocks.LAYER.PART.MAP: dense, or as SEED_MAPS says."""
-    _, layer, _, part = name.split(".")
-    layers = listed(cfg.seed_layers)
+    layer, part, layers = name.split(".")[1], name.split(".")[-1], listed(cfg.seed_layers)
     if part not in seeded_maps(cfg) or (layers and layer not in layers):
         return linear(name, fan_in, fan_out, init)
     rank = cfg.adapter_rank or getattr(cfg, MAP_RANKS[part])
@@ -2405,12 +2404,12 @@ HEAD_STAGES: dict[str, Callable[[Config, str], nn.Module]] = {"xsa": ExcludeSelf
 class MLP(nn.Module):
     """down(leaky_relu(up(x))^2): the squared (leaky) ReLU of Primer and of PR #549 (-0.002 bpb over ReLU^2 there)."""
 
-    def __init__(self, cfg: Config, layer: LayerSpec, name: str):
+    def __init__(self, cfg: Config, name: str, turns: int = 1):
         super().__init__()
         hidden = int(cfg.model_dim * cfg.mlp_mult)
         self.slope = cfg.mlp_slope
-        self.up = layer_map(cfg, layer.turns, f"{name}.up", cfg.model_dim, hidden)
-        self.down = layer_map(cfg, layer.turns, f"{name}.down", hidden, cfg.model_dim, init="zero")
+        self.up = layer_map(cfg, turns, f"{name}.up", cfg.model_dim, hidden)
+        self.down = layer_map(cfg, turns, f"{name}.down", hidden, cfg.model_dim, init="zero")
 
     def forward(self, x: Tensor, scale_in: Tensor, scale_out: Tensor, ops: Ops) -> Tensor:
         self.up.see(x)
@@ -2469,7 +2468,7 @@ class Block(nn.Module):
     def __init__(self, cfg: Config, layer: LayerSpec, name: str, backend: str):
         super().__init__()
         self.attn = Attention(cfg, layer, f"{name}.attn", backend)
-        self.mlp = MLP(cfg, layer, f"{name}.mlp")
+        self.mlp = MLP(cfg, f"{name}.mlp", layer.turns)
         self.attn_scale = nn.Parameter(torch.full((cfg.model_dim,), cfg.branch_scale_init))
         self.mlp_scale = nn.Parameter(torch.full((cfg.model_dim,), cfg.branch_scale_init))
         mix = torch.stack([torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim)])
@@ -2863,8 +2862,8 @@ PARAM_TABLE = (
     ParamRow(r"embed|(mixers\.bigram|values)\.table", "adamw", "tied_embed_lr|embed_lr", "embed_wd"),
     ParamRow(r"head\.weight", "adamw", "head_lr", "embed_wd"),
     ParamRow(r"(blocks\.\d+|mixers|values)\..*\.weight", "muon", "matrix_lr", "muon_wd"),
-    ParamRow(r"blocks\.\d+\..*\.lora_A", "muon_factor", "lora_a_lr", "lora_wd"),
-    ParamRow(r"blocks\.\d+\..*\.lora_B", "muon_factor", "lora_b_lr", "lora_wd"),
+    ParamRow(r"blocks\.\d+\..*\.lora_A", "factor", "lora_a_lr", "lora_wd"),
+    ParamRow(r"blocks\.\d+\..*\.lora_B", "factor", "lora_b_lr", "lora_wd"),
     ParamRow(VECTORS, "adamw", "scalar_lr", "adam_wd"),
 )  # fmt: skip
 
@@ -2873,7 +2872,7 @@ PARAM_TABLE = (
 # tall matrices. For a factor that is undone: SeededLinear.scaling already holds its map's own.
 MUON_KINDS: dict[str, Callable[[torch.Size], float]] = {
     "muon": lambda shape: 1.0,
-    "muon_factor": lambda shape: max(1.0, shape[0] / shape[1]) ** -0.5,
+    "factor": lambda shape: max(1.0, shape[0] / shape[1]) ** -0.5,
 }
 
 
@@ -4551,12 +4550,12 @@ def describe_command(cfg: Config) -> None:
         key = (owner(name, PARAM_TABLE), owner(name, TENSOR_PLAN))
         rows[key] = rows.get(key, 0) + param.numel()
     print(
-        f"\n{'parameters':>12}  {'optimizer':<8}{'lr':<14}{'codec':<6}bytes at 3.4 bits a matrix weight (embedding 4.7)"
+        f"\n{'parameters':>12}  {'optimizer':<8}{'lr':<14}{'codec':<8}bytes at 3.4 bits a matrix weight (embedding 4.7)"
     )
     for (optimizer, stored), count in rows.items():
         bits = {"half": 16, "factor": 3.4, "int": 4.7 if stored.bits == "embed_bits" else 3.4}[stored.codec]
         print(
-            f"{count:>12}  {optimizer.kind:<8}{optimizer.lr.split('|')[0]:<14}{stored.codec:<6}{count * bits / 8:.0f}"
+            f"{count:>12}  {optimizer.kind:<8}{optimizer.lr.split('|')[0]:<14}{stored.codec:<8}{count * bits / 8:.0f}"
         )
     seeded = [module for module in model.modules() if isinstance(module, SeededLinear)]
     if seeded:

@@ -3549,6 +3549,16 @@ def gptq(W: Tensor, H: Tensor, scale: Tensor, bits: int, percdamp: float, blocks
     return torch.empty_like(Q).scatter_(2, order[:, None, :].expand_as(Q), Q).to(torch.int8)
 
 
+def damp(H: Tensor, percdamp: float) -> Tensor:
+    """H + percdamp x its mean diagonal x I, more where that is not positive definite: [n, c, c]."""
+    mean = H.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(1e-12)
+    for factor in (1, 10, 100):
+        damped = H + percdamp * factor * mean * torch.eye(H.shape[-1], device=H.device)
+        if not torch.linalg.cholesky_ex(damped).info.any():
+            return damped
+    raise UserError("the Hessian of an adapter is singular even with 100 x PERCDAMP; raise PERCDAMP")
+
+
 def rotate_factors(A: Tensor, B: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
     """(A', B') with B' A' = B A, A' H' A'^T = I and orthogonal columns of B', H' = H over its mean pivot.
 
@@ -3587,12 +3597,6 @@ def quantize_factors(A: Tensor, B: Tensor, H: Tensor, ratio: float, percdamp: fl
     B, G = refit_factor(A, B, q.float() * rows.float()[..., None], H, percdamp)
     cols = torch.maximum(step[:, None], B.abs().amax(-1) / 127.5).clamp(2.0**-14, 60000.0).half()
     return (q, rows), (gptq(B, G, cols, 8, percdamp), cols)
-
-
-def damp(H: Tensor, percdamp: float) -> Tensor:
-    """H + percdamp x its mean diagonal x I, positive definite even where H is zero: [n, c, c]."""
-    mean = H.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(1e-12)
-    return H + percdamp * mean * torch.eye(H.shape[-1], device=H.device)
 
 
 def factor_pairs(

@@ -2864,8 +2864,8 @@ PARAM_TABLE = (
     ParamRow(r"embed|(mixers\.bigram|values)\.table", "adamw", "tied_embed_lr|embed_lr", "embed_wd"),
     ParamRow(r"head\.weight", "adamw", "head_lr", "embed_wd"),
     ParamRow(r"(blocks\.\d+|mixers|values)\..*\.weight", "muon", "matrix_lr", "muon_wd"),
-    ParamRow(r"blocks\.\d+\..*\.lora_A", "factor", "lora_a_lr", "lora_wd"),
-    ParamRow(r"blocks\.\d+\..*\.lora_B", "factor", "lora_b_lr", "lora_wd"),
+    ParamRow(r"blocks\.\d+\..*\.lora_A", "muon_ab", "lora_a_lr", "lora_wd"),
+    ParamRow(r"blocks\.\d+\..*\.lora_B", "muon_ab", "lora_b_lr", "lora_wd"),
     ParamRow(VECTORS, "adamw", "scalar_lr", "adam_wd"),
 )  # fmt: skip
 
@@ -2874,7 +2874,7 @@ PARAM_TABLE = (
 # tall matrices. For a factor that is undone: SeededLinear.scaling already holds its map's own.
 MUON_KINDS: dict[str, Callable[[torch.Size], float]] = {
     "muon": lambda shape: 1.0,
-    "factor": lambda shape: max(1.0, shape[0] / shape[1]) ** -0.5,
+    "muon_ab": lambda shape: max(1.0, shape[0] / shape[1]) ** -0.5,
 }
 
 

@@ -1254,7 +1254,8 @@ def factors() -> dict[str, list]:
     found["compressor"] = available_compressors()
     numbers = dict(num_loops=[0, 1, 3], parallel_residual_start=[-1, 0, 3], xsa_last_n=[0, 3], rope_dims=[0, 8],
                    mlp_slope=[0.0, 0.5], num_kv_heads=[1, 4], matrix_bits=[4, 6, 8], ema_decay=[0.0, 0.99],
-                   deq_layer=[-1, 0, 3])  # fmt: skip
+                   deq_layer=[-1, 0, 3], seed_maps=["none", "all", "q,up"],
+                   mod_layers=["", "2,4-5@0.5"])  # fmt: skip
     return found | numbers
 
 

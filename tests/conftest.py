@@ -36,6 +36,10 @@ MECHANISMS = {
     "bigram": dict(bigram_vocab_size=97, bigram_hashes=2, bigram_dim=8),
     "value_embedding": dict(ve_layers="2,5", ve_dim=8),
     "normuon": dict(muon_beta2=0.95),
+    "seeded_visits": dict(seed_maps="q,up", seed_scale="one", seed_per_visit=True, seed_layers="2,4"),
+    "frozen_up": dict(seed_maps="up", seed_basis="gaussian", lora_rank_mlp=0),
+    "adapters": dict(seed_maps="all", seed_basis="none"),
+    "contraction": dict(residual_kind="contraction", residual_scale=0.9, depth_embed=True, step_gates=True),
     "pack_docs": dict(pack_docs=True),
     "no_skips": dict(skip_kind="none"),
     "added_skips": dict(skip_kind="add"),
@@ -74,8 +78,10 @@ def tiny_values(preset: str) -> dict[str, Any]:
     """Overrides that shrink a preset and keep its features on."""
     full, _ = tg.read_config({"PRESET": preset})
     return dict(
-        vocab_size=VOCAB, model_dim=64, num_heads=4, num_kv_heads=2, num_layers=min(6, full.num_layers), mlp_mult=2,
+        vocab_size=VOCAB, model_dim=64, num_heads=4, num_kv_heads=2, mlp_mult=2,
+        num_layers=6 if full.loops else min(6, full.num_layers), num_loops=min(3, full.num_loops),
         loop_start=2, loop_end=3, parallel_residual_start=3 if full.parallel_residual_start >= 0 else -1,
+        adapter_rank=min(8, full.adapter_rank), lora_rank_attn=8, lora_rank_mlp=4,
         xsa_last_n=min(6, full.xsa_last_n), rope_dims=8 if full.rope_dims else 0, train_seq_len=32, eval_seq_len=32,
         train_batch_tokens=128, micro_batch_tokens=64, iterations=4, max_wallclock_seconds=0, warmup_steps=0,
         eval_stride=8, val_batch_tokens=128, ttt_chunk_tokens=64, ttt_batch_seqs=2, ttt_epochs=1,

@@ -563,8 +563,10 @@ def test_7_a_fresh_block_adds_nothing(variant):
             assert (tg.norm(changed) - tg.norm(x)).abs().max() > 0.1
 
 
-def used_rows(model: tg.GPT, name: str, ids: torch.Tensor) -> list[torch.Tensor]:
-    """Rows of a table that is read by token and nothing else; empty for every other parameter."""
+def used_rows(model: tg.GPT, name: str, ids: torch.Tensor, looping: bool) -> list[torch.Tensor]:
+    """Rows of a table that is read by token, or by visit, and nothing else; empty for every other parameter."""
+    if not looping and name.split(".")[-1] in ("basis_scale", "depth", "step_gate"):
+        return [torch.zeros(1, dtype=torch.long)]  # without the recurrence there is one visit
     if name == "values.table" or (name == "embed" and model.head is not None):
         return [ids.flatten()]
     if name == "mixers.bigram.table":
@@ -578,11 +580,12 @@ def test_7_every_row_learns(variant, corpus):
     """Law 7: after the first optimizer steps every row of every parameter has a gradient.
 
     Output maps start at zero and block what is upstream of them for one step; an untied head starts at zero too and
-    blocks the output maps for one more. Exempt: rows of an untied table whose token or bucket is not in the batch.
+    blocks the output maps for one more, and so do adapters' outer factors, which start at zero too. Exempt:
+    rows of an untied table whose token or bucket is not in the batch, and of visits that are not made.
     """
     cfg = config_of(variant, train_batch_tokens=512, micro_batch_tokens=512, **corpus.knobs())
     trainer = trainer_of(cfg)
-    run_steps(trainer, 1 if cfg.tie_embeddings else 2, 1000)
+    run_steps(trainer, 1 + (not cfg.tie_embeddings) + (cfg.seed_maps != "none"), 1000)
     for looping in (False, True):
         rows = trainer.stream.batch(64, 16)
         trainer.model.zero_grad(set_to_none=True)
@@ -590,7 +593,7 @@ def test_7_every_row_learns(variant, corpus):
         for name, param in trainer.model.named_parameters():
             grad = param.grad if param.dim() != 1 else param.grad[:, None]
             alive = grad.flatten(1).any(1) if grad.dim() else grad.bool()[None]
-            if used := used_rows(trainer.model, name, rows[:, :-1].long()):
+            if used := used_rows(trainer.model, name, rows[:, :-1].long(), looping):
                 alive = alive[torch.cat(used).unique()]
             assert alive.all(), f"{name}: {int((~alive).sum())} dead rows"
 
@@ -1256,7 +1259,8 @@ def factors() -> dict[str, list]:
     found["compressor"] = available_compressors()
     numbers = dict(num_loops=[0, 1, 3], parallel_residual_start=[-1, 0, 3], xsa_last_n=[0, 3], rope_dims=[0, 8],
                    mlp_slope=[0.0, 0.5], num_kv_heads=[1, 4], matrix_bits=[4, 6, 8], ema_decay=[0.0, 0.99],
-                   deq_layer=[-1, 0, 3])  # fmt: skip
+                   deq_layer=[-1, 0, 3], seed_maps=["none", "all", "q,up"],
+                   mod_layers=["", "2,4-5@0.5"])  # fmt: skip
     return found | numbers
 
 

@@ -1036,7 +1036,7 @@ def test_11_flips_under_a_good_checksum(artifact):
     """Law 11: with the checksum recomputed, damage is refused or gives tensors of the declared shapes; nothing else."""
     _, blob = artifact
     rng, shapes = random.Random(1), {name: t.shape for name, t in tg.unpack(blob).state().items()}
-    for _ in range(150):
+    for _ in range(60):
         body = bytearray(blob[44:])
         body[rng.randrange(len(body))] ^= 1 << rng.randrange(8)
         try:

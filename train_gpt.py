@@ -510,6 +510,11 @@ def listed(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def listed_layers(text: str) -> tuple[int, ...]:
+    """The layers of a knob that lists them; -1 for what is no number."""
+    return tuple(int(part) if part.isdigit() else -1 for part in listed(text))
+
+
 def seeded_maps(cfg: Config) -> tuple[str, ...]:
     """Last names of the maps that SEED_MAPS makes from seeds."""
     return MAP_SETS.get(cfg.seed_maps, listed(cfg.seed_maps))
@@ -535,7 +540,9 @@ MODEL_CHECKS: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda c: c.seed_basis != "none" or min(c.adapter_rank or min(c.lora_rank_attn, c.lora_rank_mlp), 1) > 0,
      "SEED_BASIS=none leaves adapters alone: LORA_RANK_ATTN={lora_rank_attn} and LORA_RANK_MLP={lora_rank_mlp} must be "
      "positive"),
-    (lambda c: all(layer.isdigit() and int(layer) < c.num_layers for layer in listed(c.seed_layers)),
+    (lambda c: all(0 <= layer < c.num_layers for layer in listed_layers(c.ve_layers)),
+     "VE_LAYERS={ve_layers!r} must be layers below NUM_LAYERS={num_layers}, with commas"),
+    (lambda c: all(0 <= layer < c.num_layers for layer in listed_layers(c.seed_layers)),
      "SEED_LAYERS={seed_layers!r} must be layers below NUM_LAYERS={num_layers}, with commas"),
     (lambda c: c.eval_stride <= c.eval_seq_len, "EVAL_STRIDE={eval_stride} exceeds EVAL_SEQ_LEN={eval_seq_len}"),
     (lambda c: not c.ttt_enabled or c.ttt_chunk_tokens % c.eval_stride == 0,
@@ -1590,7 +1597,7 @@ def linear(name: str, fan_in: int, fan_out: int, init: str = "orthogonal", kind:
 
 def layer_map(cfg: Config, turns: int, name: str, fan_in: int, fan_out: int, init: str = "orthogonal") -> LinearMap:
     """A matrix of a layer that runs ``turns`` times, ``name`` = blocks.LAYER.PART.MAP: dense, or as SEED_MAPS says."""
-    layer, part, layers = name.split(".")[1], name.split(".")[-1], listed(cfg.seed_layers)
+    layer, part, layers = int(name.split(".")[1]), name.split(".")[-1], listed_layers(cfg.seed_layers)
     if part not in seeded_maps(cfg) or (layers and layer not in layers):
         return linear(name, fan_in, fan_out, init)
     rank = cfg.adapter_rank or getattr(cfg, MAP_RANKS[part])
@@ -2571,17 +2578,9 @@ class LayerSpec(NamedTuple):
     rho: float  # the constant of RESIDUAL_KIND
 
 
-def layer_list(cfg: Config) -> tuple[int, ...]:
-    """VE_LAYERS as numbers; UserError where one is no layer."""
-    parts = [part.strip() for part in cfg.ve_layers.split(",") if part.strip()]
-    if not all(part.isdigit() and int(part) < cfg.num_layers for part in parts):
-        raise UserError(f"VE_LAYERS={cfg.ve_layers!r} must be layers below NUM_LAYERS={cfg.num_layers}, with commas")
-    return tuple(map(int, parts))
-
-
 def layer_table(cfg: Config) -> list[LayerSpec]:
     """The columns of the schedule that belong to physical layers, filled in one place."""
-    rows, visits = [], cfg.num_layers + cfg.num_loops * (cfg.loop_end - cfg.loop_start + 1) * cfg.loops
+    rows, visits = [], len(virtual_order(cfg, True))
     for layer, capacity in enumerate(capacities(cfg)):
         parallel = "parallel" if 0 <= cfg.parallel_residual_start <= layer else "sequential"
         turns = 1 + cfg.num_loops if MOD_PLACES["loop"](cfg, layer) else 1
@@ -2594,7 +2593,7 @@ def layer_table(cfg: Config) -> list[LayerSpec]:
                 residual=parallel if cfg.residual_kind == "plain" else cfg.residual_kind,
                 head_stages=tuple(stage for stage, used in stages if used),
                 scale=1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0,
-                values=layer in layer_list(cfg),
+                values=layer in listed_layers(cfg.ve_layers),
                 capacity=capacity,
                 turns=turns,
                 rho=1.0 if cfg.residual_kind == "plain" else cfg.residual_scale or visits**-0.5,

@@ -1597,8 +1597,8 @@ def linear(name: str, fan_in: int, fan_out: int, init: str = "orthogonal", kind:
 
 def layer_map(cfg: Config, turns: int, name: str, fan_in: int, fan_out: int, init: str = "orthogonal") -> LinearMap:
     """A matrix of a layer that runs ``turns`` times, ``name`` = blocks.LAYER.PART.MAP: dense, or as SEED_MAPS says."""
-    layer, part, layers = int(name.split(".")[1]), name.split(".")[-1], listed_layers(cfg.seed_layers)
-    if part not in seeded_maps(cfg) or (layers and layer not in layers):
+    part, layers = name.split(".")[-1], listed_layers(cfg.seed_layers)
+    if part not in seeded_maps(cfg) or (layers and int(name.split(".")[1]) not in layers):
         return linear(name, fan_in, fan_out, init)
     rank = cfg.adapter_rank or getattr(cfg, MAP_RANKS[part])
     how = Seeding(cfg.seed_basis, cfg.basis_seed, rank, cfg.lora_alpha, turns if cfg.seed_per_visit else 1,
@@ -4215,12 +4215,16 @@ def collect_fisher(run: Run, model: GPT, rows: Tensor, looping: bool) -> dict[st
     return {name: run.sum(total) / (len(rows) * (rows.shape[1] - 1)) for name, total in fisher.items()}
 
 
+def dampings(H: Tensor, percdamp: float) -> Iterator[Tensor]:
+    """H + percdamp x its mean diagonal x I, then ten and a hundred times as much of it: [n, c, c] each."""
+    mean = H.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(1e-12)
+    for times in (1, 10, 100):
+        yield H + percdamp * times * mean * torch.eye(H.shape[-1], device=H.device)
+
+
 def cholesky_of_inverse(H: Tensor, percdamp: float) -> Tensor:
     """Upper Cholesky factor U of H^-1 = U^T U for each damped H [n, c, c]; damping grows where H is too singular."""
-    eye = torch.eye(H.shape[-1], device=H.device)
-    mean = H.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    for factor in (1, 10, 100):
-        damped = H + percdamp * factor * mean * eye
+    for damped in dampings(H, percdamp):
         L, info = torch.linalg.cholesky_ex(damped)
         U, info2 = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
         if not (info.any() or info2.any()):
@@ -4311,12 +4315,18 @@ def sdclip_steps(cfg: Config, stack: Stack) -> tuple[Tensor, Tensor]:
     return row, torch.zeros_like(stack.W[:, 0])
 
 
+def column_steps(stack: Stack) -> tuple[Tensor, Tensor]:
+    """log2 of the columns' steps by water-filling, U_cc (alike where no Hessian is known): their mean [n, 1], and the
+    rest [n, c]."""
+    col = torch.zeros_like(stack.W[:, 0]) if stack.known is None else stack.known.spread().log2()
+    mean = col.mean(1, keepdim=True)
+    return mean, col - mean
+
+
 def hessian_steps(cfg: Config, stack: Stack) -> tuple[Tensor, Tensor]:
     """Columns by water-filling (below), all rows of a matrix alike, matrices as far apart as SDClip has them."""
-    row, col = sdclip_steps(cfg, stack)
-    if stack.known is not None:
-        col = stack.known.spread().log2()
-    return row.mean(1, keepdim=True).expand_as(row), col - col.mean(1, keepdim=True)
+    row, _ = sdclip_steps(cfg, stack)
+    return row.mean(1, keepdim=True).expand_as(row), column_steps(stack)[1]
 
 
 def fisher_steps(cfg: Config, stack: Stack) -> tuple[Tensor, Tensor]:
@@ -4327,12 +4337,9 @@ def fisher_steps(cfg: Config, stack: Stack) -> tuple[Tensor, Tensor]:
     """
     if stack.gain is None:
         return hessian_steps(cfg, stack)
-    _, col = sdclip_steps(cfg, stack)
-    if stack.known is not None:
-        col = stack.known.spread().log2()
-    mean = col.mean(1, keepdim=True)
+    mean, col = column_steps(stack)
     gain = stack.gain + 0.01 * stack.gain.mean() + 1e-30  # rows that calibration hardly met are not free
-    return mean - 0.5 * gain.log2(), col - mean
+    return mean - 0.5 * gain.log2(), col
 
 
 STEPS: dict[str, Callable] = {"fisher": fisher_steps, "hessian": hessian_steps, "sdclip": sdclip_steps}
@@ -4340,9 +4347,7 @@ STEPS: dict[str, Callable] = {"fisher": fisher_steps, "hessian": hessian_steps, 
 
 def damp(H: Tensor, percdamp: float) -> Tensor:
     """H + percdamp x its mean diagonal x I, more where that is not positive definite: [n, c, c]."""
-    mean = H.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(1e-12)
-    for times in (1, 10, 100):
-        damped = H + percdamp * times * mean * torch.eye(H.shape[-1], device=H.device)
+    for damped in dampings(H, percdamp):
         if not torch.linalg.cholesky_ex(damped).info.any():
             return damped
     raise UserError("the Hessian of an adapter is singular even with 100 x PERCDAMP; raise PERCDAMP")

@@ -151,12 +151,16 @@ class Config:
     xsa_last_n: int = knob("model", 11, "exclusive self-attention in the last N layers", lo=0)
     attn_gate: str = knob("model", "none", "gate on each head's output", choices=("none", "sparse"))
     attn_gate_dims: int = knob("model", 12, "input dimensions that the sparse gate and SmearGate read", lo=1)
+    ttt_linear_layers: str = knob("model", "", "layers, with commas, whose heads also read a state that gradient steps "
+                                  "fit to the text so far (TTT-Linear, inside the model); empty: none")
+    ttt_linear_chunk: int = knob("model", 64, "tokens between two steps of that state", lo=1, hi=4096)
     smear_gate: bool = knob("model", False, "SmearGate: add a gated copy of the preceding token's embedding")
     bigram_vocab_size: int = knob("model", 0, "BigramHash: buckets of each hash table; 0: none", lo=0, hi=1 << 20)
     bigram_dim: int = knob("model", 112, "width of the BigramHash tables", lo=1)
     bigram_hashes: int = knob("model", 1, "BigramHash tables, each with its own hash", lo=1, hi=4)
     bigram_scale_init: float = knob("model", 0.05, "start of BigramHash's scale")
-    ve_layers: str = knob("model", "", "layers, with commas, whose values get the value embedding; empty: none")
+    ve_layers: str = knob("model", "", "layers, with commas, whose values get the value embedding; -1 is "
+                          "the last; empty: none")
     ve_dim: int = knob("model", 128, "width of the value embedding's table", lo=1)
     ln_scale: bool = knob("model", True, "scale the input of layer l by 1/sqrt(l+1)")
     resid_mix: bool = knob("model", True, "each layer starts from a learned mix of the stream and the embedding")
@@ -196,7 +200,8 @@ class Config:
     step_gates: bool = knob("model", False, "learned gates for each visit of a repeated layer, on what it adds")
     seed_maps: str = knob("model", "none", "maps made from seeds: none, all, attn, mlp, up, or names with commas "
                           "(q,k,v,proj,up,down)")
-    seed_layers: str = knob("model", "", "layers, with commas, whose maps are made from seeds; empty: all")
+    seed_layers: str = knob("model", "", "layers, with commas, whose maps are made from seeds; -1 is the last; "
+                            "empty: all")
     seed_basis: str = knob("model", "hadamard", "the random matrix behind a seeded map; none: adapters alone",
                            choices=("hadamard", "rademacher", "gaussian", "fastfood", "none"))
     seed_scale: str = knob("model", "row", "learned scales of the random matrix: one for all, or one a row",
@@ -252,7 +257,7 @@ class Config:
     muon_beta2: float = knob("train", 0.0, "NorMuon: memory of each row's update size; 0: off", lo=0, hi=0.9999)
     grad_clip_norm: float = knob("train", 0.3, "global gradient norm; 0: no clipping", lo=0)
     ema_decay: float = knob("train", 0.9965, "longest memory of the weight average; 0: no average", lo=0, hi=1)
-    ema_window_fracs: str = knob("train", "0.005,0.06", "memories of the averages kept, over the steps done so far")
+    ema_window_fracs: str = knob("train", "0.002,0.06", "memories of the averages kept, over the steps done so far")
     train_log_every: int = knob("train", 500, "steps between train_loss lines", lo=1)
     val_loss_every: int = knob("train", 4000, "steps between validations (off the clock); 0: only at the end", lo=0)
 
@@ -313,11 +318,13 @@ PR1783 = dict(
 
 PRESETS: dict[str, Preset] = {
     "record": Preset(
-        "our best, tuned in token sprints (README): pr1783 with layers 3-5 run three times from the first step on, "
-        "SmearGate, sparse attention gates, Polar Express, a higher learning rate and less momentum",
+        "our best, tuned in token sprints (README): pr1783 with layers 3-5 run three times from the first step on, an "
+        "untied head, value embeddings, SmearGate, sparse attention gates, Polar Express, a higher learning rate and "
+        "less momentum",
         {
             **PR1783,
-            **dict(num_loops=2, enable_looping_at=0.0, smear_gate=True, attn_gate="sparse"),
+            **dict(num_loops=2, enable_looping_at=0.0, smear_gate=True, attn_gate="sparse", ve_layers="-2,-1"),
+            **dict(tie_embeddings=False, embed_lr=0.03),
             **dict(lr_warmup_steps=10, matrix_lr=0.05, muon_momentum=0.95, muon_coefficients="polar"),
         },
     ),
@@ -510,9 +517,10 @@ def listed(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def listed_layers(text: str) -> tuple[int, ...]:
-    """The layers of a knob that lists them; -1 for what is no number."""
-    return tuple(int(part) if part.isdigit() else -1 for part in listed(text))
+def listed_layers(cfg: Config, text: str) -> tuple[int, ...]:
+    """The layers of a knob that lists them, negative ones counted from the end; -1 for what is none."""
+    layers = {str(layer): layer % cfg.num_layers for layer in range(-cfg.num_layers, cfg.num_layers)}
+    return tuple(layers.get(part, -1) for part in listed(text))
 
 
 def seeded_maps(cfg: Config) -> tuple[str, ...]:
@@ -540,10 +548,9 @@ MODEL_CHECKS: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda c: c.seed_basis != "none" or min(c.adapter_rank or min(c.lora_rank_attn, c.lora_rank_mlp), 1) > 0,
      "SEED_BASIS=none leaves adapters alone: LORA_RANK_ATTN={lora_rank_attn} and LORA_RANK_MLP={lora_rank_mlp} must be "
      "positive"),
-    (lambda c: all(0 <= layer < c.num_layers for layer in listed_layers(c.ve_layers)),
-     "VE_LAYERS={ve_layers!r} must be layers below NUM_LAYERS={num_layers}, with commas"),
-    (lambda c: all(0 <= layer < c.num_layers for layer in listed_layers(c.seed_layers)),
-     "SEED_LAYERS={seed_layers!r} must be layers below NUM_LAYERS={num_layers}, with commas"),
+    *((lambda c, name=name: -1 not in listed_layers(c, getattr(c, name)),
+       f"{name.upper()}={{{name}!r}} must be layers below NUM_LAYERS={{num_layers}}, with commas")
+      for name in ("ve_layers", "seed_layers", "ttt_linear_layers")),
     (lambda c: c.eval_stride <= c.eval_seq_len, "EVAL_STRIDE={eval_stride} exceeds EVAL_SEQ_LEN={eval_seq_len}"),
     (lambda c: not c.ttt_enabled or c.ttt_chunk_tokens % c.eval_stride == 0,
      "TTT_CHUNK_TOKENS={ttt_chunk_tokens} must be a multiple of EVAL_STRIDE={eval_stride}"),
@@ -1597,7 +1604,7 @@ def linear(name: str, fan_in: int, fan_out: int, init: str = "orthogonal", kind:
 
 def layer_map(cfg: Config, turns: int, name: str, fan_in: int, fan_out: int, init: str = "orthogonal") -> LinearMap:
     """A matrix of a layer that runs ``turns`` times, ``name`` = blocks.LAYER.PART.MAP: dense, or as SEED_MAPS says."""
-    part, layers = name.split(".")[-1], listed_layers(cfg.seed_layers)
+    part, layers = name.split(".")[-1], listed_layers(cfg, cfg.seed_layers)
     if part not in seeded_maps(cfg) or (layers and int(name.split(".")[1]) not in layers):
         return linear(name, fan_in, fan_out, init)
     rank = cfg.adapter_rank or getattr(cfg, MAP_RANKS[part])
@@ -2492,6 +2499,17 @@ def select_ops(cfg: Config, device: torch.device) -> Ops:
     return FUSED if able and cfg.fused != "0" else PLAIN
 
 
+class Heads(NamedTuple):
+    """What a stage may read beside the heads' outputs: q [B, T, H, K], k and v [B, T, G, K] as attention has them, the
+    layer's input x [B, T, D], documents [B, T] or None."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    x: Tensor
+    docs: Tensor | None
+
+
 class ExcludeSelf(nn.Module):
     """XSA: remove from each head's output its component along that position's own value, y - (y.v^)v^.
 
@@ -2502,8 +2520,8 @@ class ExcludeSelf(nn.Module):
     def __init__(self, cfg: Config, name: str):
         super().__init__()
 
-    def forward(self, y: Tensor, v: Tensor, x: Tensor, ops: Ops) -> Tensor:
-        return ops.exclude_self(y, v)
+    def forward(self, y: Tensor, heads: Heads, ops: Ops) -> Tensor:
+        return ops.exclude_self(y, heads.v)
 
 
 class SparseGate(nn.Module):
@@ -2513,9 +2531,99 @@ class SparseGate(nn.Module):
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(cfg.num_heads, cfg.attn_gate_dims))
 
-    def forward(self, y: Tensor, v: Tensor, x: Tensor, ops: Ops) -> Tensor:
-        score = F.linear(x[..., : self.gate.shape[1]].float(), self.gate)
+    def forward(self, y: Tensor, heads: Heads, ops: Ops) -> Tensor:
+        score = F.linear(heads.x[..., : self.gate.shape[1]].float(), self.gate)
         return (y * (2 * torch.sigmoid(score))[..., None]).to(y.dtype)
+
+
+@leaf("affine_scan", "(Tensor A, Tensor B) -> Tensor", lambda A, B: B.new_empty(B.shape))
+def affine_scan(A: Tensor, B: Tensor) -> Tensor:
+    """W_0 = 0, W_(n+1) = W_n A_n + B_n: A and B [batch, N, ..., K, K] -> W, the same. N small products, unrolled by no
+    compiler."""
+    W = [torch.zeros_like(B[:, 0])]
+    for a, b in zip(A[:, :-1].unbind(1), B[:, :-1].unbind(1), strict=True):
+        W.append(W[-1] @ a + b)
+    return torch.stack(W, 1)
+
+
+class AffineScan(torch.autograd.Function):
+    """Its gradient is the same scan, from the end and with A transposed."""
+
+    @staticmethod
+    def forward(ctx, A, B):
+        W = affine_scan(A, B)
+        ctx.save_for_backward(A, W)
+        return W
+
+    @staticmethod
+    def backward(ctx, dW):
+        A, W = ctx.saved_tensors
+        dB = affine_scan(A.mT.flip(1), dW.flip(1)).flip(1)
+        return W.mT @ dB, dB
+
+
+def inner_steps(gram: Tensor, rate: Tensor, same: Tensor) -> Tensor:
+    """A safe step for each prefix of a chunk: gram [..., C, C] of its keys, rate [..., C, 1] in [0, 1], same
+    [..., C, C] where row and column are of one document -> s [..., C, 1], at most 1.
+
+    s_i = 1 / max(1, max_(a <= i) sum_(b <= i) rate_b |k_a . k_b|). These row sums bound the eigenvalues of the loss's
+    curvature, sum_(b <= i) rate_b k_b k_b^T (Gershgorin), so s_i times the largest is at most 1; from 2 on a gradient
+    step would lead away from the minimum. No key after i is read.
+    """
+    sums = (gram.abs() * rate.mT * same).cumsum(-1)
+    return 1 / (sums.mT * same.tril()).amax(-1, keepdim=True).clamp_min(1.0)
+
+
+def ttt_linear(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, docs: Tensor | None, chunk: int) -> Tensor:
+    """The chunked dual form of TTTLinear: q [B, T, H, K], k and v [B, T, G, K], rate [B, T, G] -> fp32 [B, T, H, K].
+
+    With W the state before the chunk and e_j = W k_j - v_j, W_i q_i = W q_i - s_i sum_(j <= i) rate_j (k_j . q_i) e_j:
+    products of [C, C] and [C, K], no state of a single token. The next chunk's is W (I - M) + V with
+    M = s_C sum_j rate_j k_j k_j^T and V = s_C sum_j rate_j v_j k_j^T. At a document's start the state is zero.
+    """
+
+    def chunks(x: Tensor) -> Tensor:
+        """[B, T, G, H/G, n] -> fp32 [B, N, G, H/G, C, n], zeros after the end."""
+        return F.pad(x.float(), (0, 0) * 3 + (0, -time % chunk)).unflatten(1, (-1, chunk)).movedim(2, -2)
+
+    time, heads = q.shape[1:3]
+    docs = chunks(torch.zeros_like(q[:, :, :1, None, :1]) if docs is None else docs[:, :, None, None, None])
+    q, k, v, rate = (chunks(x.unflatten(2, (k.shape[2], -1))) for x in (q, k, v, rate[..., None]))
+    same, gram, last = docs == docs.mT, k @ k.mT, docs[..., -1:, :]
+    before = F.pad(last[:, :-1], (0, 0) * 4 + (1, 0))  # the document that the state is of
+    step = inner_steps(gram, rate, same)
+    used = k * (rate * step[..., -1:, :] * (docs == last))
+    kept = (torch.eye(k.shape[-1], device=k.device) - k.mT @ used) * (last == before)
+    W = AffineScan.apply(kept, v.mT @ used).mT
+    error = (k @ W) * (docs == before) - v
+    z = (q @ W) * (docs == before) - ((q @ k.mT) * (step * rate.mT * same.tril())) @ error
+    return z.movedim(-2, 2).flatten(1, 2)[:, :time].reshape(len(q), time, heads, -1)
+
+
+class TTTLinear(nn.Module):
+    """y + g W q: each group of heads also reads a matrix W that gradient descent fits to the text so far.
+
+    TTT-Linear (Sun et al. 2024, https://arxiv.org/abs/2407.04620): a layer whose state is a model, trained on the way
+    by the loss sum_j rate_j |W k_j - v_j|^2 / 2. One step a chunk of TTT_LINEAR_CHUNK tokens; inside it token i reads
+    W_i, the chunk's first W after a step on the chunk's tokens up to i (equations: ``ttt_linear``). It stands beside
+    attention and shares its q, k and v, brought to unit length, so it costs no matrix. rate = sigmoid(R . (1, x[:12]))
+    is learned, a number a token and a group; what bounds the step are the keys themselves (``inner_steps``): that of
+    PR #2114, 2 to 35 times the largest stable one, was what hurt there. Starts as the identity, g = 0, at rates of 1/2.
+    fp32. Cost a token and a group of m heads: (2 + 2m) C K + (3 + m) K^2 multiplications, and K^3 / C for the scan.
+    Effect in a small universal transformer on a CPU: none within the noise of three seeds (docs/experiments.md).
+    """
+
+    def __init__(self, cfg: Config, name: str):
+        super().__init__()
+        self.chunk = cfg.ttt_linear_chunk
+        self.inner_gate = nn.Parameter(torch.zeros(cfg.num_heads))
+        self.inner_rate = nn.Parameter(torch.zeros(cfg.num_kv_heads, 1 + cfg.attn_gate_dims))
+
+    def forward(self, y: Tensor, heads: Heads, ops: Ops) -> Tensor:
+        R, (q, k) = self.inner_rate, (F.normalize(part.float(), dim=-1) for part in (heads.q, heads.k))
+        rate = torch.sigmoid(F.linear(heads.x[..., : R.shape[1] - 1].float(), R[:, 1:], R[:, 0]))
+        z = ttt_linear(q, k, heads.v, rate, heads.docs, self.chunk)
+        return (y + self.inner_gate[:, None] * z).to(y.dtype)
 
 
 class Attention(nn.Module):
@@ -2542,11 +2650,13 @@ class Attention(nn.Module):
         q, k, v, own = ops.qk_rope(qkv, self.q_gain, *rope, self.head_dim)
         y = attend(q, k, v, docs, self.backend)
         for stage in self.stages:
-            y = stage(y, own, x, ops)
+            y = stage(y, Heads(q, k, own, x, docs), ops)
         return self.proj(y.flatten(2), scale_out[:, None])
 
 
-HEAD_STAGES: dict[str, Callable[[Config, str], nn.Module]] = {"xsa": ExcludeSelf, "sparse": SparseGate}
+HEAD_STAGES: dict[str, Callable[[Config, str], nn.Module]] = {
+    "ttt_linear": TTTLinear, "xsa": ExcludeSelf, "sparse": SparseGate,
+}  # fmt: skip
 
 
 class MLP(nn.Module):
@@ -2584,7 +2694,11 @@ def layer_table(cfg: Config) -> list[LayerSpec]:
     for layer, capacity in enumerate(capacities(cfg)):
         parallel = "parallel" if 0 <= cfg.parallel_residual_start <= layer else "sequential"
         turns = 1 + cfg.num_loops if MOD_PLACES["loop"](cfg, layer) else 1
-        stages = [("xsa", layer >= cfg.num_layers - cfg.xsa_last_n), (cfg.attn_gate, cfg.attn_gate != "none")]
+        stages = [
+            ("ttt_linear", layer in listed_layers(cfg, cfg.ttt_linear_layers)),
+            ("xsa", layer >= cfg.num_layers - cfg.xsa_last_n),
+            (cfg.attn_gate, cfg.attn_gate != "none"),
+        ]
         told = turns > 1 and (cfg.depth_embed or cfg.step_gates)
         kinds = dict(equilibrium=layer == cfg.deq_layer, routed=capacity, universal=told, plain=True)
         rows.append(
@@ -2593,7 +2707,7 @@ def layer_table(cfg: Config) -> list[LayerSpec]:
                 residual=parallel if cfg.residual_kind == "plain" else cfg.residual_kind,
                 head_stages=tuple(stage for stage, used in stages if used),
                 scale=1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0,
-                values=layer in listed_layers(cfg.ve_layers),
+                values=layer in listed_layers(cfg, cfg.ve_layers),
                 capacity=capacity,
                 turns=turns,
                 rho=1.0 if cfg.residual_kind == "plain" else cfg.residual_scale or visits**-0.5,
@@ -3472,6 +3586,14 @@ def build_model(cfg: Config, run: Run) -> GPT:
         torch.set_num_threads(threads)
 
 
+def effective_weights(model: GPT, sizes: Mapping[str, int]) -> int:
+    """Weights that the model applies, given how many numbers are stored of each parameter: instead of a seeded map's
+    adapters and scales its whole matrix, once for each visit that has a basis of its own."""
+    seeded = {name: module for name, module in model.named_modules() if isinstance(module, SeededLinear)}
+    own = sum(size for name, size in sizes.items() if name.rpartition(".")[0] in seeded)
+    return sum(sizes.values()) - own + sum(module.effective for module in seeded.values())
+
+
 def flops_per_token(cfg: Config, looping: bool) -> float:
     """Model FLOPs of a training token: 6 x matrix weights applied (every visit, head included) + 6 T H K a visit.
 
@@ -3503,7 +3625,7 @@ class ParamRow(NamedTuple):
 # gains, mixes and gates: everything that is no matrix
 VECTORS = (
     r".*\.(q_gain|attn_scale|mlp_scale|resid_mix|skip_weight|skip_gate|gate|smear_scale|smear_gate|bigram_scale"
-    r"|value_scale|value_mix|basis_scale|depth|step_gate)"
+    r"|value_scale|value_mix|basis_scale|depth|step_gate|inner_gate|inner_rate)"
 )
 PARAM_TABLE = (
     ParamRow(r"embed|(mixers\.bigram|values)\.table", "adamw", "tied_embed_lr|embed_lr", "embed_wd"),
@@ -3777,9 +3899,11 @@ def looping_at(cfg: Config, fraction: float) -> bool:
 
 
 def token_bytes(cfg: Config) -> float:
-    """GPU memory of a training token: a visit keeps about 20 D values for the backward pass, the head 4 V (bf16
-    logits, their gradient, slack)."""
-    kept = ((visit.capacity, visits_of(cfg, visit.layer).memory, len(visit.route)) for visit in schedule(cfg, True))
+    """GPU memory of a training token: a visit keeps about 20 D values for the backward pass, as much again with a state
+    of TTT-Linear, the head 4 V (bf16 logits, their gradient, slack)."""
+    inner = listed_layers(cfg, cfg.ttt_linear_layers)
+    kept = ((visit.capacity * (1 + (visit.layer in inner)), visits_of(cfg, visit.layer).memory, len(visit.route))
+            for visit in schedule(cfg, True))  # fmt: skip
     visits = sum(share * memory + 0.1 * routed for share, memory, routed in kept)  # a router keeps the stream as well
     return 2 * ((10 + 2.5 * cfg.mlp_mult) * cfg.model_dim * visits + 4 * cfg.vocab_size)
 
@@ -4787,6 +4911,10 @@ class Artifact(NamedTuple):
         """Dense fp32 weights."""
         return {name: v.dense() if isinstance(v, Quantized) else v.float() for name, v in self.stored.items()}
 
+    def sizes(self) -> dict[str, int]:
+        """How many numbers are stored of each tensor, scales of integers not counted."""
+        return {name: (v.q if isinstance(v, Quantized) else v).numel() for name, v in self.stored.items()}
+
 
 def unpack(blob: bytes, source: str = "artifact") -> Artifact:
     """Read an artifact; UserError for every kind of damage, before anything large is allocated."""
@@ -5620,10 +5748,15 @@ def export(
         total = len(packed.blob) + code
         tensors = ledger(quantizer, packed.stored, quantizer.fisher if fisher else {})
         predicted = sum(row["loss"] for row in tensors.values())
-        result["export"] = dict(tensors=tensors, packs=packed.packs, predicted_loss=predicted)
+        sizes = Artifact({}, looping, packed.stored).sizes()
+        stored, effective = sum(sizes.values()), effective_weights(trainer.model, sizes)
+        result["export"] = dict(
+            tensors=tensors, packs=packed.packs, predicted_loss=predicted, stored=stored, effective=effective
+        )
         run.log("Quantized weights:\n" + ledger_table(tensors))
         run.log(f"quantizer: step multiplier {packed.coarse:.3f}, packed {packed.packs} times, "
                 f"{result['quantize_pack_seconds']:.1f}s")  # fmt: skip
+        run.log(f"Stored parameters: {stored}, effective: {effective}")
         run.log(f"Serialized model: {sum(4 * tensor.numel() for tensor in state.values())} bytes")
         run.log(f"Code size (uncompressed): {len(script_source().encode())}")
         run.log(f"Code size (compressed): {code}")
@@ -5907,11 +6040,9 @@ def describe_command(cfg: Config) -> None:
         print(
             f"{count:>12}  {optimizer.kind:<8}{optimizer.lr.split('|')[0]:<14}{stored.codec:<8}{count * bits / 8:.0f}"
         )
-    seeded = [module for module in model.modules() if isinstance(module, SeededLinear)]
-    if seeded:
-        own = sum(param.numel() for module in seeded for param in module.parameters())
-        print(f"{own:>12}  of them stand for the {sum(module.effective for module in seeded)} weights of seeded maps")
-    print(f"{sum(rows.values()):>12}  in all; script packed: {len(packed_script(script_source()))} bytes")
+    effective = effective_weights(model, {name: param.numel() for name, param in model.named_parameters()})
+    print(f"{sum(rows.values()):>12}  stored in all, {effective} effective (seeded maps count as their matrices)")
+    print(f"{len(packed_script(script_source())):>12}  bytes of packed script")
     print("\nplan for 8 H100 GPUs:")
     for row in run_plan(cfg, gpus=8):
         print(f"  {row.name:<30}{row.value:<52}{row.source}")
@@ -6123,6 +6254,8 @@ def audit_limits(a: Audited) -> Iterator[Check]:
     code = script.stat().st_size
     total, limit = code + artifact, a.result.get("config", {}).get("size_limit", 16_000_000) or 16_000_000
     same = a.result.get("total_bytes", total) == total
+    sizes = a.artifact.sizes()
+    yield Check("parameters", None, f"{sum(sizes.values())} stored, {effective_weights(a.model, sizes)} effective")
     yield Check("size", total <= limit and same, f"{code} of code + {artifact} of artifact = {total} of {limit} bytes"
                 if same else f"the files have {total} bytes, result.json says {a.result['total_bytes']}")  # fmt: skip
     if not a.result:

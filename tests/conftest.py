@@ -33,6 +33,7 @@ MECHANISMS = {
     "smear": dict(smear_gate=True),
     "sparse_gate": dict(attn_gate="sparse"),
     "no_gates": dict(smear_gate=False, attn_gate="none"),
+    "ttt_linear": dict(ttt_linear_layers="1,3", ttt_linear_chunk=8, pack_docs=True),
     "bigram": dict(bigram_vocab_size=97, bigram_hashes=2, bigram_dim=8),
     "value_embedding": dict(ve_layers="2,5", ve_dim=8),
     "normuon": dict(muon_beta2=0.95),

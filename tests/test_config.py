@@ -199,6 +199,7 @@ CONTRADICTIONS = {
     "gate": ({"ATTN_GATE_DIMS": "513"}, "ATTN_GATE_DIMS"),
     "seeded": ({"SEED_MAPS": "q,upp"}, "SEED_MAPS"),
     "seeded_layer": ({"SEED_LAYERS": "3,11"}, "SEED_LAYERS"),
+    "inner_layer": ({"TTT_LINEAR_LAYERS": "2,11"}, "TTT_LINEAR_LAYERS"),
     "value_layer": ({"VE_LAYERS": "x,2"}, "VE_LAYERS"),
     "nothing_left": ({"SEED_BASIS": "none", "LORA_RANK_MLP": "0"}, "SEED_BASIS"),
     "reserve": ({"GPTQ_RESERVE_SECONDS": "580"}, "GPTQ_RESERVE_SECONDS"),

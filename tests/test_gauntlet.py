@@ -125,8 +125,8 @@ def environment(home, **extra):
     return kept | own | extra
 
 
-def start(home, *arguments, **extra):
-    command = [BASH, str(home / "gauntlet.sh"), *arguments]
+def start(home, *arguments, script="gauntlet.sh", **extra):
+    command = [BASH, str(home / script), *arguments]
     return subprocess.Popen(
         command, env=environment(home, **extra), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=home
     )
@@ -150,10 +150,11 @@ def work(home, run):
 
 def test_shell_is_clean():
     """bash parses it; shellcheck, where there is one, finds nothing."""
-    assert subprocess.run([BASH, "-n", ROOT / "gauntlet.sh"]).returncode == 0
-    if checker := shutil.which("shellcheck"):
-        done = subprocess.run([checker, ROOT / "gauntlet.sh"], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout
+    for script in (ROOT / "gauntlet.sh", ROOT / "records" / "submit.sh"):
+        assert subprocess.run([BASH, "-n", script]).returncode == 0
+        if checker := shutil.which("shellcheck"):
+            done = subprocess.run([checker, script], capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout
 
 
 def test_the_table_of_the_repository_reads():
@@ -328,12 +329,21 @@ def test_another_script_fills_the_same_table(home):
 
 
 def test_the_real_script(home, corpus):
-    """One tiny run of train_gpt.py itself: strict knobs in a clean environment, score, bytes and plots."""
+    """train_gpt.py itself, from a row of the table to a submission folder: submit.sh runs, audits and writes it up."""
     shutil.copy(ROOT / "train_gpt.py", home)
+    shutil.copy(ROOT / "records" / "submit.sh", home / "records")
     words = " ".join(f"{name}={value}" for name, value in tiny_env("record", iterations=2, gptq=False).items())
     row = f"row | tiny | real | any | 3 | {words} | bpb<9"
     (home / "gauntlet.txt").write_text(f"group | real | own | yes | real\n{row}\n")
-    code, out = gauntlet(home, "run", **corpus.env())
+    for words in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -qm all"):
+        subprocess.run(["git", *words.split()], cwd=home, check=True)
+    place = dict(RUNS=str(home / "runs/gauntlet"), TRACK="non_record_16mb", DEVICE="cpu")
+    begun = start(home, "tiny", "Idea", "Ada L.", "ada", script="records/submit.sh", **corpus.env(), **place)
+    out, code = begun.communicate(timeout=300)[0], begun.returncode
     assert code == 0, out
+    folder = next((home / "records" / "track_non_record_16mb").glob("*_Idea"))
+    assert {"README.md", "submission.json", "train_gpt.py", "train_seed3.log", "audit_seed3.txt"} <= {
+        path.name for path in folder.iterdir()
+    }
     run = report.read_run(home / "runs/gauntlet/tiny-s3")
     assert run.final == "sliding" and run.result["seed"] == 3 and run.result["total_bytes"] > 1000

@@ -520,6 +520,7 @@ def test_6_eval_needs_only_the_artifact(corpus, tmp_path):
 ADD_ONS = {
     "smear": (dict(smear_gate=False), dict(smear_gate=True), 2),
     "sparse_gate": (dict(attn_gate="none"), dict(attn_gate="sparse"), 6),
+    "ttt_linear": (dict(attn_gate="none"), dict(attn_gate="none", ttt_linear_layers="1,4", ttt_linear_chunk=5), 4),
     "bigram": (dict(bigram_vocab_size=0), dict(bigram_vocab_size=97, bigram_dim=8), 3),
     "resid_mix": (dict(resid_mix=False), dict(resid_mix=True), 6),
 }
@@ -580,12 +581,12 @@ def test_7_every_row_learns(variant, corpus):
     """Law 7: after the first optimizer steps every row of every parameter has a gradient.
 
     Output maps start at zero and block what is upstream of them for one step; an untied head starts at zero too and
-    blocks the output maps for one more, and so do adapters' outer factors, which start at zero too. Exempt:
+    blocks the output maps for one more, and so do adapters' outer factors and TTT-Linear's gate, zero too. Exempt:
     rows of an untied table whose token or bucket is not in the batch, and of visits that are not made.
     """
     cfg = config_of(variant, train_batch_tokens=512, micro_batch_tokens=512, **corpus.knobs())
     trainer = trainer_of(cfg)
-    run_steps(trainer, 1 + (not cfg.tie_embeddings) + (cfg.seed_maps != "none"), 1000)
+    run_steps(trainer, 1 + (not cfg.tie_embeddings) + (cfg.seed_maps != "none") + (cfg.ttt_linear_layers != ""), 1000)
     for looping in (False, True):
         rows = trainer.stream.batch(64, 16)
         trainer.model.zero_grad(set_to_none=True)
@@ -1260,7 +1261,7 @@ def factors() -> dict[str, list]:
     numbers = dict(num_loops=[0, 1, 3], parallel_residual_start=[-1, 0, 3], xsa_last_n=[0, 3], rope_dims=[0, 8],
                    mlp_slope=[0.0, 0.5], num_kv_heads=[1, 4], matrix_bits=[4, 6, 8], ema_decay=[0.0, 0.99],
                    deq_layer=[-1, 0, 3], seed_maps=["none", "all", "q,up"],
-                   mod_layers=["", "2,4-5@0.5"])  # fmt: skip
+                   mod_layers=["", "2,4-5@0.5"], ttt_linear_layers=["", "0,3"])  # fmt: skip
     return found | numbers
 
 

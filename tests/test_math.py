@@ -337,7 +337,7 @@ def test_nothing_is_clipped():
 
 def test_fisher_is_the_mean_of_squared_gradients(corpus):
     """Random signs give, in the mean, the sum over tokens of their own squared gradients."""
-    cfg = tiny("record", num_layers=2, loop_start=0, loop_end=0, xsa_last_n=1, **corpus.knobs())
+    cfg = tiny("record", num_layers=2, loop_start=0, loop_end=0, xsa_last_n=1, tie_embeddings=True, **corpus.knobs())
     run, model = single(cfg), tiny_model(cfg)
     rows = random_ids(cfg, 2, 9)
     exact = {name: torch.zeros(len(p)) for name, p in model.named_parameters() if p.dim() == 2}
@@ -351,9 +351,10 @@ def test_fisher_is_the_mean_of_squared_gradients(corpus):
     assert all(param.grad is None for param in model.parameters())
 
 
-def test_hessians_are_the_inputs_second_moment(corpus):
+@pytest.mark.parametrize("tied", [False, True])
+def test_hessians_are_the_inputs_second_moment(corpus, tied):
     """H of a map is the mean of x x^T over its inputs, every visit of a looped layer counted; the head's too."""
-    cfg = tiny("record", **corpus.knobs())
+    cfg = tiny("record", tie_embeddings=tied, **corpus.knobs())
     run, model = single(cfg), tiny_model(cfg)
     rows = torch.cat([random_ids(cfg, 6, 32), torch.zeros(6, 1, dtype=torch.long)], 1)
     seen: dict[str, list] = {"blocks.2.mlp.up": [], "blocks.4.attn.proj": []}
@@ -369,9 +370,11 @@ def test_hessians_are_the_inputs_second_moment(corpus):
         torch.testing.assert_close(hessians[f"{name}.weight"].double(), wanted, rtol=1e-4, atol=1e-4)
     assert len(seen["blocks.2.mlp.up"]) == 1 + cfg.num_loops and len(seen["blocks.4.attn.proj"]) == 1
     x = tg.norm(hidden).flatten(0, 1).double()
-    torch.testing.assert_close(hessians["embed"].double(), x.T @ x / (6 * 32), rtol=1e-4, atol=1e-4)
+    head = hessians["embed" if tied else "head.weight"]
+    torch.testing.assert_close(head.double(), x.T @ x / (6 * 32), rtol=1e-4, atol=1e-4)
     quantized = {name for name in model.state_dict() if tg.owner(name, tg.TENSOR_PLAN).codec == "int"}
-    assert set(hessians) == quantized
+    looked_up = {"values.table"} if tied else {"values.table", "embed"}
+    assert set(hessians) == quantized - looked_up
 
 
 def test_planes_and_back():
@@ -554,7 +557,7 @@ def test_packed_documents_are_separate():
 def test_exclude_self_is_orthogonal():
     """XSA leaves nothing along the position's own value, and leaves the rest alone."""
     y, v = noise(2, 5, 4, 8), noise(2, 5, 2, 8, seed=1)
-    out = call(tg.ExcludeSelf(tiny("record"), "xsa").forward, y, v, None)
+    out = tg.ExcludeSelf(tiny("record"), "xsa")(y, tg.Heads(y, v, v, y, None), tg.PLAIN)
     own = v.repeat_interleave(2, dim=2)
     torch.testing.assert_close((out * own).sum(-1), torch.zeros(2, 5, 4), rtol=0, atol=1e-5)
     removed = y - out

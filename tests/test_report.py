@@ -295,6 +295,9 @@ def test_a_record_from_finished_runs(tmp_path):
     assert all(not set(SEED_FIELDS) - set(row) for row in facts["seed_results"].values())
     assert facts["val_bpb"] == pytest.approx(1.2015, abs=1e-6) and facts["cuda_version"] == "128"
     assert facts["compliance"]["three_seeds"] is False and facts["compliance"]["score_before_update"] is True
+    template = json.loads((ROOT / "records/track_10min_16mb/TEMPLATE_8xH100/submission.json").read_text())
+    assert set(template) == set(facts) and set(template["compliance"]) == set(facts["compliance"])
+    assert all(set(row) == set(facts["seed_results"]["1"]) for row in template["seed_results"].values())
     page = (folder / "README.md").read_text()
     assert "PRESET=demo SEED=2 RUN_ID=seed2 ITERATIONS=8 torchrun --standalone --nproc_per_node=1" in page
     assert "no claim of significance" in page and "not on 8x H100" in page and "C4 single left-to-right" in page

@@ -228,6 +228,19 @@ def test_the_artifact_stores_no_basis(preset):
     assert header["config"]["basis_seed"] == 123456789 and cost[0] - cost[1] <= 176
 
 
+@pytest.mark.parametrize(("preset", "visits"), [("seed_lora", 1), ("pr2114", 4)])
+def test_stored_against_effective(preset, visits):
+    """Counted from the file: what is stored, and the weights that it stands for, a matrix for each basis."""
+    cfg = tiny(preset)
+    artifact = tg.unpack(tg.pack(cfg, tg.quantize(cfg, tiny_model(cfg).state_dict(), {}), cfg.loops))
+    sizes, model = artifact.sizes(), tg.build_model(tg.read_config({}, base=artifact.config)[0], single(cfg))
+    assert sizes == {name: param.numel() for name, param in model.named_parameters()}
+    layer = 2 * 64 * 64 + 2 * 32 * 64 + 2 * 128 * 64  # q and proj, k and v, up and down
+    others = sum(size for name, size in sizes.items() if not name.split(".")[-1].startswith(("lora_", "basis_")))
+    assert tg.effective_weights(model, sizes) == others + layer * (4 + 2 * visits)
+    assert sum(sizes.values()) < others + layer * 6
+
+
 def exact(m: tg.SeededLinear, turn: int, backwards: bool = False) -> torch.Tensor:
     """The map in fp64. Products of an artifact's integers and fp16 steps need 47 bits of the 53: no sum is rounded."""
     A, B = m.lora_A.double(), m.lora_B.double()

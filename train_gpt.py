@@ -817,10 +817,12 @@ class Run:
         return torch.device("cuda", self.launch.local_rank)
 
     def _connect(self) -> None:
-        cuda = self.device.type == "cuda"
+        cuda, patience = self.device.type == "cuda", datetime.timedelta(seconds=600)
         extra = {"device_id": self.device} if cuda else {}
         try:
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=600), **extra)
+            self.store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+            where = dict(store=dist.PrefixStore("group", self.store), rank=rank, world_size=size)
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=patience, **where, **extra)
             self.voters = dist.new_group(backend="gloo") if cuda else None  # votes do not wait for the GPU's queue
         except (ValueError, RuntimeError) as error:
             raise UserError(f"cannot join the process group: {error}; start with torchrun") from error
@@ -887,6 +889,18 @@ class Run:
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
+
+    def leave(self) -> None:
+        """The last meeting of the ranks, over the store: a peer that closes its gloo connections fails the collective
+        that another rank still stands in, even one whose data has arrived. Rank 0 may hold the store and goes last."""
+        others = range(1, self.world_size)
+        if others:
+            self.store.set(f"ended {self.rank}", "")
+            self.store.wait([f"ended {rank}" for rank in (0, *others)])
+            if self.main:
+                self.store.wait([f"gone {rank}" for rank in others])
+            else:
+                self.store.set(f"gone {self.rank}", "")
 
     def split(self, count: int) -> range:
         """This rank's contiguous share of ``count`` items."""
@@ -5784,7 +5798,6 @@ def fresh_eval(run: Run, script: Path, artifact: Path) -> dict[str, Any]:
     done = subprocess.run([sys.executable, str(script), "eval", str(artifact)], env=env)
     if done.returncode:
         raise UserError(f"the evaluation of {artifact} failed with code {done.returncode}; its message is above")
-    run.barrier()
     return json.loads((artifact.parent / "eval.json").read_text(encoding="utf-8")) if run.main else {}
 
 
@@ -5862,6 +5875,7 @@ def train_command(cfg: Config, launch: Launch, warnings: list[str]) -> None:
             write_json(run.folder / "result.json", result)
     if run.main:
         (run.folder / "DONE").touch()
+    run.leave()
 
 
 def start(run: Run, trainer: Trainer, code: int, result: dict[str, Any]) -> None:
@@ -5960,6 +5974,7 @@ def eval_command(path: Path, env: Mapping[str, str], launch: Launch) -> None:
         probes = probe(run, model, val, artifact.looping)
         write_json(run.folder / "eval.json", dict(stages=stages, seconds=seconds, probes=probes))
     run.log(f"total_eval_time:{time.time() - LAUNCHED:.1f}s")
+    run.leave()
 
 
 class PlanRow(NamedTuple):

@@ -6346,13 +6346,26 @@ def command(arguments: list[str], env: Mapping[str, str]) -> None:
         )
 
 
+def lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone: NCCL has a type for it, gloo a name in its text."""
+    return isinstance(error, dist.DistError) or re.search(r"gloo|[Cc]onnection (closed|reset)", str(error)) is not None
+
+
 def main() -> int:
-    """Exit codes: 0 done, 2 bad input or configuration, 3 non-finite loss, 4 over the byte budget, 130/143 signals."""
+    """Exit codes: 0 done, 1 another rank is gone, 2 bad input or configuration, 3 non-finite loss, 4 over the byte
+    budget, 130/143 signals."""
     try:
         command(sys.argv[1:], environment())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.code
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        rank = os.environ.get("RANK", "?")
+        print(f"error: rank {rank} lost another rank, whose own message says why; RESUME=1 goes on from the checkpoint",
+              file=sys.stderr, flush=True)  # fmt: skip
+        return 1
     except BrokenPipeError:  # the reader of --help or describe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

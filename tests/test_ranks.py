@@ -102,6 +102,14 @@ def test_eight_ranks_tell_the_same_numbers(both, part):
     torch.testing.assert_close(both[0][part], both[1][part], rtol=0, atol=1e-4)
 
 
+def test_eight_ranks_write_the_same_file(both, corpus):
+    """Each of the eight, and one rank that is given their weights."""
+    cfg, eight = config(corpus), both[1]
+    trainer = Trainer(Run(cfg, Launch(0, 1, 0)))
+    trainer.model.load_state_dict(eight["weights"])
+    assert eight["files"] == [packed(cfg, trainer)] * RANKS
+
+
 @pytest.mark.parametrize("preset", ["seed_lora", "pr2114"])
 def test_two_ranks_share_their_random_maps(preset, corpus, tmp_path):
     """Maps made from seeds, with TTT-Linear: the same batches and losses, one file on both ranks, and the same file

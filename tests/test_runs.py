@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -75,6 +76,17 @@ def two_nodes(place: Place) -> list:
     return [finish(node) for node in nodes]
 
 
+def bereft(place: Place) -> tuple:
+    """How one of two processes ended after the other was killed, and the seconds that took."""
+    met = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), GLOO_SOCKET_IFNAME="lo")
+    ranks = [start(script(), place.env("bereft", iterations=9999) | met | {"RANK": rank}, cwd=place.folder)
+             for rank in "01"]  # fmt: skip
+    next(line for line in ranks[0].stdout if "5/9999 train_loss" in line)
+    ranks[1].kill()
+    begin = time.monotonic()
+    return finish(ranks[0]), time.monotonic() - begin, finish(ranks[1])
+
+
 def terminated(place: Place) -> list:
     first = place.interrupt("term", f"7/{STEPS} train_loss", signal.SIGTERM)
     step = torch.load(place.folder / "term" / "checkpoint.pt", weights_only=True)["step"]
@@ -93,6 +105,7 @@ JOBS = {
     "term": terminated,
     "kill": killed,
     "nodes": two_nodes,
+    "bereft": bereft,
     "nan": lambda place: place.run("nan", matrix_lr=1e30, scalar_lr=1e30, tied_embed_lr=1e30, checkpoint_every=1),
 }
 
@@ -215,6 +228,13 @@ def test_ranks_do_not_matter(ended, place, run_id):
     assert place.losses(run_id) == pytest.approx(place.losses("whole"), abs=1e-5)
     for stage, row in one["stages"].items():
         assert two["stages"][stage]["val_bpb"] == pytest.approx(row["val_bpb"], rel=1e-3)
+
+
+def test_a_lost_rank_is_named(ended):
+    """The rank that is left ends within 30 seconds, with one line and no traceback."""
+    first, seconds, second = ended["bereft"]
+    assert second.code == -9 and first.code == 1 and seconds < 30
+    assert first.err.splitlines()[-1].startswith("error: rank 0 lost another rank") and "Traceback" not in first.err
 
 
 def test_two_ranks_score_the_same_artifact(ended, place):

@@ -185,6 +185,7 @@ class Config:
     deq_phantom_steps: int = knob("model", 4, "damped steps that DEQ_GRAD=phantom differentiates", lo=1, hi=64)
     deq_phantom_damping: float = knob("model", 1.0, "their step length", lo=0.05, hi=1)
     deq_residual_penalty: float = knob("model", 0.0, "weight of the squared relative residual in the loss", lo=0)
+    deq_slope_penalty: float = knob("model", 0.0, "weight of the map's squared slope along random directions", lo=0)
     mod_layers: str = knob("model", "", "routed layers: numbers and spans with commas (1,4-6), or all, inner, odd, "
                            "even, loop; @0.25 after one is its capacity; empty: none")
     mod_capacity: float = knob("model", 1.0, "share of a sequence's tokens that a routed layer takes", lo=0.01, hi=1)
@@ -234,6 +235,8 @@ class Config:
                                 "by MOD_RULE; before, exactly the best of each sequence", lo=0)
     mod_router_lr: float = knob("train", 0.02, "AdamW's learning rate of the routers", lo=0)
     mod_z_loss: float = knob("train", 0.0, "weight of the routers' mean squared score in the loss", lo=0)
+    mod_balance_loss: float = knob("train", 0.0, "weight of the squared gap between a sequence's mean sigmoid(score) "
+                                   "and the capacity in the loss", lo=0)
     matrix_lr: float = knob("train", 0.022, "Muon's learning rate", lo=0)
     scalar_lr: float = knob("train", 0.02, "AdamW's learning rate of gains, mixes and gates", lo=0)
     tied_embed_lr: float = knob("train", 0.03, "AdamW's learning rate of a tied embedding", lo=0)
@@ -565,7 +568,8 @@ TRAIN_CHECKS: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda c: not c.max_wallclock_seconds or c.gptq_reserve_seconds < c.max_wallclock_seconds,
      "GPTQ_RESERVE_SECONDS={gptq_reserve_seconds} must be less than MAX_WALLCLOCK_SECONDS={max_wallclock_seconds}"),
     (lambda c: c.weights != "ema" or c.ema_decay > 0, "WEIGHTS=ema needs EMA_DECAY > 0"),
-    (lambda c: not c.deq_residual_penalty or c.deq_grad == "phantom", "DEQ_RESIDUAL_PENALTY needs DEQ_GRAD=phantom"),
+    *((lambda c, name=name: not getattr(c, name) or c.deq_grad == "phantom", f"{name.upper()} needs DEQ_GRAD=phantom")
+      for name in ("deq_residual_penalty", "deq_slope_penalty")),
     (lambda c: not c.size_limit or c.size_target <= c.size_limit,
      "SIZE_TARGET={size_target} must not exceed SIZE_LIMIT={size_limit}"),
 )  # fmt: skip
@@ -3131,6 +3135,16 @@ def solve(
     return state.x
 
 
+def slope(f: Callable, x: Tensor, image: Tensor) -> Tensor:
+    """Sum over tokens of |J v|^2 / D for random signs v: in the mean |J|^2 / D (Frobenius), Hutchinson's estimate, as
+    Bai et al. 2021 regularise (https://arxiv.org/abs/2106.14342). J v is a difference of f over a step of 1/32 of a
+    token's size, so that no kernel need be differentiated twice. Costs one more evaluation. The signs are the last
+    bits of x: coins that a resumed run and any number of ranks toss alike."""
+    bits, step = x.detach().float().view(torch.int32), 2.0**-5
+    v = 1 - 2 * ((bits ^ (bits >> 16)) & 1).to(x.dtype)
+    return ((f(x + step * v) - image) / step).square().mean(-1).sum()
+
+
 def phantom_gradient(block: Equilibrium, f: Callable, find: Callable, x: Tensor) -> Tensor:
     """K damped steps x <- x + d (f(x) - x) from the solved point, differentiated: K terms of the Neumann series of the
     implicit gradient (Geng et al. 2021, https://arxiv.org/abs/2111.05177). Memory of K visits at any depth."""
@@ -3138,9 +3152,11 @@ def phantom_gradient(block: Equilibrium, f: Callable, find: Callable, x: Tensor)
         x = find(f, x)
     x.requires_grad_()  # as in the later steps: one graph serves all
     for _ in range(block.phantom_steps):
-        change = f(x) - x
+        before, change = x, f(x) - x
         x = x + block.phantom_damping * change
-    return AddPenalty.apply(x, block.penalty * change.square().mean(-1).sum()) if block.penalty else x
+    if block.penalty:
+        x = AddPenalty.apply(x, block.penalty * change.square().mean(-1).sum())
+    return AddPenalty.apply(x, block.slope_penalty * slope(f, before, before + change)) if block.slope_penalty else x
 
 
 def implicit_gradient(block: Equilibrium, f: Callable, find: Callable, x: Tensor) -> Tensor:
@@ -3212,7 +3228,9 @@ class Equilibrium(Universal):
         )
         self.gradient = DEQ_GRADS[cfg.deq_grad]
         self.phantom_steps, self.phantom_damping = cfg.deq_phantom_steps, cfg.deq_phantom_damping
-        self.penalty = cfg.deq_residual_penalty / cfg.train_batch_tokens
+        self.penalty, self.slope_penalty = (
+            weight / cfg.train_batch_tokens for weight in (cfg.deq_residual_penalty, cfg.deq_slope_penalty)
+        )
         self.trace: list[Tensor] | None = None  # collects the residuals of the next visits
 
     def visit(
@@ -3320,7 +3338,8 @@ def choose(
     """
     score = (norm(x.detach().float()) * router).sum(-1) / math.sqrt(x.shape[-1])
     fixed, time = score.detach(), x.shape[1]
-    loss = block.z_loss * score.square().sum()
+    gap = torch.sigmoid(score).mean(1) - rows / time  # exact choices balance the load anyway; this keeps scores there
+    loss = block.z_loss * score.square().sum() + block.balance_loss * time * gap.square().sum()
     if threshold is not None:  # the smooth pinball loss: its slope is the capacity less the share above the threshold
         share, width = rows / time, 0.02
         loss = loss + block.per_token * (width * F.softplus((fixed - threshold) / width) + share * threshold).sum()
@@ -3391,7 +3410,7 @@ class Routed(Universal):
         self.threshold = nn.Parameter(torch.zeros(passes)) if cfg.mod_rule == "threshold" else None
         self.rule = cfg.mod_rule
         self.per_token = 1 / cfg.train_batch_tokens
-        self.z_loss = cfg.mod_z_loss * self.per_token
+        self.z_loss, self.balance_loss = cfg.mod_z_loss * self.per_token, cfg.mod_balance_loss * self.per_token
         self.trace: list[tuple[Route, Selection]] | None = None  # collects the choices of the next visits
 
     def visit(
@@ -6362,7 +6381,7 @@ def main() -> int:
     except RuntimeError as error:
         if not lost_peer(error):
             raise
-        rank = os.environ.get("RANK", "?")
+        rank = environment().get("RANK", 0)
         print(f"error: rank {rank} lost another rank, whose own message says why; RESUME=1 goes on from the checkpoint",
               file=sys.stderr, flush=True)  # fmt: skip
         return 1

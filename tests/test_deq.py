@@ -119,7 +119,7 @@ def test_frozen_tokens_stay():
 class Small:
     """Stands in for the block: settings of the gradients."""
 
-    phantom_steps, phantom_damping, penalty = 60, 0.9, 0.0
+    phantom_steps, phantom_damping, penalty, slope_penalty = 60, 0.9, 0.0, 0.0
 
 
 def gradient(kind: str, history: int, **settings) -> list[torch.Tensor]:
@@ -176,13 +176,25 @@ def test_memory_does_not_grow_with_depth(kind):
 
 @pytest.mark.parametrize("kind", list(tg.DEQ_GRADS))
 def test_every_gradient_learns(kind, corpus):
-    """The loss falls by each gradient; the residual penalty changes gradients and not the loss."""
+    """The loss falls by each gradient; the penalties change gradients and not the loss."""
     cfg = tiny("deq", deq_grad=kind, **corpus.knobs())
     losses = run_steps(trainer_of(cfg), 12, 12)
     assert losses[-1] < losses[0] - 0.3
     if kind == "phantom":
-        other = run_steps(trainer_of(replace(cfg, deq_residual_penalty=5.0)), 12, 12)
-        assert other[0] == losses[0] and other[-1] != losses[-1]
+        for penalty in ("deq_residual_penalty", "deq_slope_penalty"):
+            other = run_steps(trainer_of(replace(cfg, **{penalty: 5.0})), 12, 12)
+            assert other[0] == losses[0] and other[-1] != losses[-1]
+
+
+def test_the_slope_is_the_jacobians_norm():
+    """On a linear map the estimate is |A|^2 / D a token in the mean, and its descent shrinks the matrix alone."""
+    A = noise(24, 24).float().requires_grad_()
+    x = torch.randn(400, 50, 24, generator=torch.Generator().manual_seed(1))
+    estimate = tg.slope(lambda x: x @ A.T, x, x @ A.T) / (400 * 50)
+    wanted = A.square().sum() / 24
+    assert estimate.item() == pytest.approx(wanted.item(), rel=0.02)
+    (mine,), (theirs,) = (torch.autograd.grad(value, A) for value in (estimate, wanted))
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=0.05 * float(theirs.abs().max()))
 
 
 # ---- laws at every setting ------------------------------------------------------------------------------------------
@@ -380,6 +392,7 @@ def test_an_artifact_at_other_depths(trained, corpus, tmp_path):
 
 @pytest.mark.parametrize(("values", "message"), [
     (dict(deq_layer=1), "DEQ_LAYER=1"), (dict(deq_residual_penalty=1.0, deq_grad="ift"), "DEQ_RESIDUAL_PENALTY"),
+    (dict(deq_slope_penalty=1.0, deq_grad="unroll"), "DEQ_SLOPE_PENALTY"),
     (dict(deq_max_iter_eval=0), "DEQ_MAX_ITER_EVAL"), (dict(deq_solver="newton"), "anderson, picard"),
 ])  # fmt: skip
 def test_refused_at_the_start(values, message):

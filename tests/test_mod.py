@@ -228,6 +228,21 @@ def test_the_router_learns(rule, corpus):
             assert block.threshold is None or block.threshold.grad.all()
 
 
+def test_the_balance_loss_finds_the_capacity():
+    """Descent on it brings a sequence's mean sigmoid to the capacity."""
+    cfg = routed(num_loops=0, train_batch_tokens=4096, mod_balance_loss=1.0)
+    block, x = tiny_model(cfg).blocks[1], noise(8, 512, 64)
+    router = torch.randn(64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    bias = torch.ones(8, 512, 1)
+    x = torch.cat([x[..., :-1], bias], -1)  # a coordinate by which all scores can move
+    for _ in range(300):
+        chosen = tg.choose(block, x, router, None, None, 128, True)
+        gradient = torch.autograd.grad(chosen.weight.mean() * 0, router)[0]
+        with torch.no_grad():
+            router -= 20.0 * gradient
+    assert (chosen.weight / 2).mean(1).sub(0.25).abs().max() < 0.02
+
+
 def test_the_threshold_finds_the_capacity():
     """Descent on the threshold's loss ends where the capacity's share of scores is above it."""
     cfg = routed(mod_rule="threshold", num_loops=0, train_batch_tokens=4096)

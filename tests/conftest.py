@@ -337,5 +337,10 @@ def available_compressors() -> list[str]:
     return [name for name, coder in tg.COMPRESSORS.items() if importlib.util.find_spec(coder.package)]
 
 
+def round_to_nearest(W: torch.Tensor, row: torch.Tensor, col: torch.Tensor) -> torch.Tensor:
+    """What the exporter has to beat: int16 [n, r, c] of matrices [n, r, c], steps row [n, r] x col [n, c]."""
+    return (W / (row[:, :, None] * col[:, None, :])).round().clamp(-tg.TOP, tg.TOP).to(torch.int16)
+
+
 def replace(cfg: tg.Config, **values: Any) -> tg.Config:
     return dataclasses.replace(cfg, **values)

@@ -17,6 +17,7 @@ from conftest import (
     random_ids,
     randomise,
     replace,
+    round_to_nearest,
     single,
     tg,
     tiny,
@@ -202,7 +203,7 @@ def test_gptq_beats_rounding(over):
     """On correlated inputs the H-weighted error is well below round-to-nearest's, for every matrix of the stack."""
     W, H = noise(3, 24, 64), torch.stack([correlated(64), 5 * correlated(64), correlated(64).roll((3, 3), (0, 1))])
     row, col = steps_of(W, over)
-    q, nearest = gptq(W, H, row, col), tg.round_to_nearest(W, row, col)
+    q, nearest = gptq(W, H, row, col), round_to_nearest(W, row, col)
     for i in range(3):
         one = slice(i, i + 1)
         ours, plain = (loss(W[one], x[one], row[one], col[one], H[one]) for x in (q, nearest))
@@ -215,7 +216,7 @@ def test_gptq_with_independent_inputs_rounds():
     W = noise(2, 16, 40)
     row, col = steps_of(W, 0.3)
     q = gptq(W, torch.eye(40).expand(2, 40, 40), row, col)
-    assert torch.equal(q, tg.round_to_nearest(W, row, col))
+    assert torch.equal(q, round_to_nearest(W, row, col))
 
 
 def test_gptq_blocks_do_not_matter():
@@ -259,15 +260,16 @@ def test_columns_by_their_spread_are_better_than_alike():
     assert losses[0] < 0.5 * losses[1]
 
 
-def test_dead_columns_are_stored_as_zeros():
-    """Inputs that never fire are stored as zeros and disturb no other column."""
-    cfg = tiny("record")
+@pytest.mark.parametrize("states", [1, 8])
+def test_dead_columns_are_stored_as_zeros(states):
+    """Inputs that never fire are stored as zeros (or what a trellis has next to it) and disturb no other column."""
+    cfg = tiny("record", trellis_states=states)
     state, H = {"blocks.0.mlp.up.weight": noise(16, 32)}, correlated(32).clone()
     dead = torch.tensor([0, 5, 31])
     H[dead], H[:, dead] = 0, 0
     live = torch.tensor([i for i in range(32) if i not in dead])
     (stored,) = tg.quantize(cfg, state, {"blocks.0.mlp.up.weight": H}).values()
-    assert not stored.q[:, dead].any() and stored.q[:, live].any()
+    assert (stored.values()[:, dead].abs() <= (states > 1)).all() and stored.q[:, live].any()
     error = (state["blocks.0.mlp.up.weight"] - stored.dense())[:, live]
     assert float(error.square().mean()) < 0.05
 
@@ -277,7 +279,7 @@ def test_gptq_singular_hessian():
     x = noise(1, 24)
     W, H = noise(1, 8, 24), (x.T @ x)[None]
     row, col = steps_of(W, 0.2)
-    assert loss(W, gptq(W, H, row, col), row, col, H) < loss(W, tg.round_to_nearest(W, row, col), row, col, H)
+    assert loss(W, gptq(W, H, row, col), row, col, H) < loss(W, round_to_nearest(W, row, col), row, col, H)
     with pytest.raises(tg.UserError, match="Hessian"):
         tg.cholesky_of_inverse(-torch.eye(4)[None], 0.01)
 
@@ -323,14 +325,14 @@ def test_water_filling_equalises_the_marginal_loss():
 
 
 def test_nothing_is_clipped():
-    """Wherever the steps come out, no integer leaves its range: the error stays half a step."""
+    """Wherever the steps come out, no integer leaves its range: the error stays half a step, a step in a trellis."""
     state = {"blocks.0.mlp.up.weight": noise(8, 500)}
     state["blocks.0.mlp.up.weight"][3, 7] = 1e4
     for coarse in (1e-3, 1.0):
         (value,) = tg.quantize(tiny("record"), state, {}, coarse).values()
         error = (state["blocks.0.mlp.up.weight"] - value.dense()).abs()
         assert int(value.q.abs().max()) <= tg.TOP
-        assert (error <= 0.501 * tg.powers(value.row)[:, None] * tg.powers(value.col)).all()
+        assert (error <= 1.001 * tg.powers(value.row)[:, None] * tg.powers(value.col)).all()
     (value,) = tg.quantize(tiny("record"), {"blocks.0.mlp.up.weight": torch.zeros(3, 8)}, {}).values()
     assert not value.dense().any()
 

@@ -154,6 +154,15 @@ class Config:
     ttt_linear_layers: str = knob("model", "", "layers, with commas, whose heads also read a state that gradient steps "
                                   "fit to the text so far (TTT-Linear, inside the model); empty: none")
     ttt_linear_chunk: int = knob("model", 64, "tokens between two steps of that state", lo=1, hi=4096)
+    linear_layers: str = knob("model", "", "layers, with commas, whose attention is linear in the length of the text; "
+                              "empty: none")
+    k_rank: int = knob("model", 0, "rank of the key maps; 0: full", lo=0, hi=4096)
+    use_eigenspace_routing: bool = knob("model", False, "the MLP's hidden units as experts, each weighed by the energy "
+                                        "of its input in the expert's own orthogonal subspace")
+    num_experts: int = knob("model", 4, "experts of USE_EIGENSPACE_ROUTING", lo=2, hi=16)
+    input_table: bool = knob("model", False, "a second table, added to the embedding at the input alone")
+    embed_init: str = knob("model", "normal", "start of the embedding: noise, or the leading singular vectors of the "
+                           "training text's pair counts", choices=("normal", "spectral"))
     smear_gate: bool = knob("model", False, "SmearGate: add a gated copy of the preceding token's embedding")
     bigram_vocab_size: int = knob("model", 0, "BigramHash: buckets of each hash table; 0: none", lo=0, hi=1 << 20)
     bigram_dim: int = knob("model", 112, "width of the BigramHash tables", lo=1)
@@ -167,9 +176,26 @@ class Config:
     skip_kind: str = knob("model", "gated", "U-Net skips from the first half of the layers to the second",
                           choices=("none", "add", "gated"))
     parallel_residual_start: int = knob("model", 5, "attention and MLP in parallel from this layer on; negative: never")
+    skip_over: str = knob("model", "layers", "what the skips mirror: the layers, or all visits of the recurrence",
+                          choices=("layers", "visits"))
+    parallel_start_layer: int = knob("model", 0, "two lanes from this layer on: attention reads one, the MLP the "
+                                     "other, both write to both; 0: never", lo=0)
+    num_passes: int = knob("model", 1, "passes over all layers; above 1 instead of NUM_LOOPS and RECUR_LAYERS", lo=1,
+                           hi=64)
+    recur_layers: str = knob("model", "", "layers, with commas, run once more, in this order, after the last of them; "
+                             "instead of NUM_LOOPS; empty: none")
     num_loops: int = knob("model", 3, "extra passes over layers LOOP_START..LOOP_END; 0: none", lo=0, hi=64)
     loop_start: int = knob("model", 3, "first layer of the repeated segment", lo=0)
     loop_end: int = knob("model", 5, "last layer of the repeated segment", lo=0)
+    pass_controls: bool = knob("model", False, "a repeated layer's scales and mixes are learned for each visit alone")
+    use_selective_state: bool = knob("model", False, "a GRU over passes, of each token, reads the mean of those before")
+    use_td_recurrence: bool = knob("model", False, "each pass starts off by its error in predicting the change")
+    td_alpha: float = knob("model", 0.0, "start of that step", lo=0, hi=1)
+    use_gradient_memory: bool = knob("model", False, "each pass starts off by a running sum of the changes before")
+    use_confidence_conditioning: bool = knob("model", False, "each pass starts off by how little the last one turned "
+                                             "the token")
+    use_resonant_encoding: bool = knob("model", False, "each pass starts with a gain that waves with the position")
+    use_adaptive_depth: bool = knob("model", False, "a learned gate lets tokens leave the recurrence between passes")
     deq_layer: int = knob("model", -1, "layer iterated to its fixed point; those before it are the equilibrium's "
                           "prelude, those after it its coda; -1: none", lo=-1)
     deq_solver: str = knob("model", "anderson", "fixed-point solver, in training and evaluation alike",
@@ -230,6 +256,13 @@ class Config:
     warmdown_frac: float = knob("train", 0.72, "last part of the run, over which the learning rate falls", lo=0, hi=1)
     min_lr: float = knob("train", 0.0, "floor of the learning rate multiplier", lo=0, hi=1)
     enable_looping_at: float = knob("train", 0.35, "fraction of the run at which the recurrence is switched on", lo=0)
+    recur_start_step: int = knob("train", 0, "the same as a step; 0: ENABLE_LOOPING_AT decides", lo=0)
+    exit_penalty: float = knob("train", 0.003, "nats that a pass of a token costs under USE_ADAPTIVE_DEPTH", lo=0)
+    use_thermo_loss: bool = knob("train", False, "reward the entropy of the predictions, less and less")
+    thermo_t_max: float = knob("train", 0.5, "its temperature at the start; 0.05 of it multiplies the entropy", lo=0)
+    thermo_tau: float = knob("train", 0.72, "part of the run in which the temperature falls by e", lo=0.01, hi=100)
+    use_compression_loss: bool = knob("train", False, "penalize the bits that the matrices' weights take")
+    compression_loss_weight: float = knob("train", 0.05, "nats that a bit a weight costs", lo=0)
     mod_causal_at: float = knob("train", 0.8, "fraction of the run from which routed layers choose as in evaluation, "
                                 "by MOD_RULE; before, exactly the best of each sequence", lo=0)
     mod_router_lr: float = knob("train", 0.02, "AdamW's learning rate of the routers", lo=0)
@@ -270,6 +303,8 @@ class Config:
     gptq: bool = knob("quant", True, "GPTQ error feedback; 0: round to nearest")
     gptq_calibration_batches: int = knob("quant", 16, "global batches of GPTQ_BATCH_TOKENS for the Hessians", lo=1)
     gptq_batch_tokens: int = knob("quant", 98304, "training tokens of one calibration batch", lo=2)
+    gptq_calibration: str = knob("quant", "train", "text of the Hessians: training text no step has seen, or the "
+                                 "model's own", choices=("train", "self"))
     percdamp: float = knob("quant", 0.01, "damping of the Hessian, over its mean diagonal", lo=0)
     quant_steps: str = knob("quant", "fisher", "step sizes: equal loss a bit everywhere, in columns only, or SDClip",
                             choices=("fisher", "hessian", "sdclip"))
@@ -302,7 +337,16 @@ class Config:
     @property
     def loops(self) -> bool:
         """Whether the configuration has a recurrent segment at all."""
-        return self.num_loops > 0
+        return bool(self.repeats)
+
+    @property
+    def repeats(self) -> tuple[int, ...]:
+        """Layers that run again while looping, in order, right after the last of them has run."""
+        if self.num_passes > 1:
+            return tuple(range(self.num_layers)) * (self.num_passes - 1)
+        if self.recur_layers:
+            return listed_layers(self, self.recur_layers)
+        return tuple(range(self.loop_start, min(self.loop_end + 1, self.num_layers))) * self.num_loops
 
 
 class Preset(NamedTuple):
@@ -440,6 +484,77 @@ PRESETS: dict[str, Preset] = {
             matrix_bits=8,
         ),
     ),  # fmt: skip
+    "pr1435": Preset(
+        "PR #1435: 11 layers, 4 and 5 run twice from the middle of the run on, bigrams, value embeddings, two lanes. "
+        "Mended: lanes exchange, skips have partners, SmearGate starts closed, GPTQ's steps fill the bytes.",
+        dict(
+            vocab_size=1024,
+            qk_gain_init=5.0,
+            parallel_residual_start=-1,
+            parallel_start_layer=7,
+            recur_layers="4,5",
+            enable_looping_at=0.49,
+            smear_gate=True,
+            bigram_vocab_size=1536,
+            ve_layers="-2,-1",
+            warmdown_frac=0.667,
+            matrix_lr=0.02,
+            muon_wd=0.09,
+            embed_wd=0.09,
+        ),
+    ),  # fmt: skip
+    "pr298": Preset(
+        "PR #298: 3 blocks x 3 passes, width 768, and what it carries from pass to pass. Mended: causal, its parts do "
+        "what they are named for and start as the identity, skips join other passes, true sliding windows.",
+        dict(
+            vocab_size=1024,
+            num_layers=3,
+            num_passes=3,
+            enable_looping_at=0.0,
+            model_dim=768,
+            num_kv_heads=2,
+            mlp_mult=2.0,
+            mlp_slope=0.0,
+            rope_dims=0,
+            rope_base=500000.0,
+            qk_gain_init=1.5,
+            k_rank=32,
+            xsa_last_n=0,
+            ln_scale=False,
+            skip_kind="add",
+            skip_over="visits",
+            parallel_residual_start=-1,
+            pass_controls=True,
+            input_table=True,
+            tied_embed_init_std=0.0036,
+            use_selective_state=True,
+            use_td_recurrence=True,
+            td_alpha=0.1,
+            use_gradient_memory=True,
+            use_confidence_conditioning=True,
+            use_resonant_encoding=True,
+            use_adaptive_depth=True,
+            use_thermo_loss=True,
+            train_batch_tokens=524288,
+            warmdown_frac=0.29,
+            matrix_lr=0.04,
+            lora_a_lr=0.02,
+            lora_b_lr=0.02,
+            scalar_lr=0.04,
+            tied_embed_lr=0.05,
+            muon_wd=0.01,
+            lora_wd=0.01,
+            embed_wd=0.0,
+            adam_wd=0.0,
+            muon_momentum=0.95,
+            muon_momentum_warmup_start=0.85,
+            muon_momentum_warmup_steps=500,
+            muon_row_normalize=False,
+            grad_clip_norm=0.0,
+            ema_decay=0.0,
+            matrix_bits=8,
+        ),
+    ),  # fmt: skip
     "demo": Preset(
         "a small model on text found on this machine; every stage, minutes on a laptop, no GPU, no download",
         dict(
@@ -536,7 +651,7 @@ MODEL_CHECKS: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda c: c.head_dim % 2 == 0, "MODEL_DIM / NUM_HEADS must be even, not {head_dim}"),
     (lambda c: c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim,
      "ROPE_DIMS={rope_dims} must be even and at most the head's {head_dim} dimensions"),
-    (lambda c: not c.loops or c.loop_start <= c.loop_end < c.num_layers,
+    (lambda c: c.recur_layers or c.num_passes > 1 or not c.num_loops or c.loop_start <= c.loop_end < c.num_layers,
      "LOOP_START={loop_start} <= LOOP_END={loop_end} < NUM_LAYERS={num_layers} must hold (or set NUM_LOOPS=0)"),
     (lambda c: c.deq_layer < c.num_layers, "DEQ_LAYER={deq_layer} must be below NUM_LAYERS={num_layers}"),
     (lambda c: c.deq_anderson_window & (c.deq_anderson_window - 1) == 0,
@@ -550,7 +665,10 @@ MODEL_CHECKS: tuple[tuple[Callable[[Config], bool], str], ...] = (
      "positive"),
     *((lambda c, name=name: -1 not in listed_layers(c, getattr(c, name)),
        f"{name.upper()}={{{name}!r}} must be layers below NUM_LAYERS={{num_layers}}, with commas")
-      for name in ("ve_layers", "seed_layers", "ttt_linear_layers")),
+      for name in ("ve_layers", "seed_layers", "ttt_linear_layers", "linear_layers", "recur_layers")),
+    (lambda c: len(listed(c.recur_layers)) <= 256, "RECUR_LAYERS={recur_layers!r} must not name more than 256 layers"),
+    (lambda c: not c.use_eigenspace_routing or int(c.model_dim * c.mlp_mult) % c.num_experts == 0,
+     "MODEL_DIM x MLP_MULT must be a multiple of NUM_EXPERTS={num_experts}"),
     (lambda c: c.eval_stride <= c.eval_seq_len, "EVAL_STRIDE={eval_stride} exceeds EVAL_SEQ_LEN={eval_seq_len}"),
     (lambda c: not c.ttt_enabled or c.ttt_chunk_tokens % c.eval_stride == 0,
      "TTT_CHUNK_TOKENS={ttt_chunk_tokens} must be a multiple of EVAL_STRIDE={eval_stride}"),
@@ -588,7 +706,7 @@ MOD_PLACES: dict[str, Callable[[Config, int], bool]] = {
     "inner": lambda c, layer: 0 < layer < c.num_layers - 1,
     "odd": lambda c, layer: layer % 2 == 1,
     "even": lambda c, layer: layer % 2 == 0,
-    "loop": lambda c, layer: c.loops and c.loop_start <= layer <= c.loop_end,
+    "loop": lambda c, layer: layer in c.repeats,
 }
 
 
@@ -610,7 +728,7 @@ def capacities(cfg: Config) -> list[tuple[float, ...]]:
     passes = [read_share("MOD_PASS_CAPACITY", part) for part in filter(None, cfg.mod_pass_capacity.split(","))]
     rows = []
     for layer, share in enumerate(chosen):
-        count = 1 + cfg.num_loops if MOD_PLACES["loop"](cfg, layer) else 1
+        count = 1 + cfg.repeats.count(layer)
         row = (share,) * count if share else ()
         if passes and MOD_PLACES["loop"](cfg, layer):
             row = tuple(passes[min(turn, len(passes) - 1)] for turn in range(count))
@@ -1606,7 +1724,9 @@ def layer_map(cfg: Config, turns: int, name: str, fan_in: int, fan_out: int, ini
     """A matrix of a layer that runs ``turns`` times, ``name`` = blocks.LAYER.PART.MAP: dense, or as SEED_MAPS says."""
     part, layers = name.split(".")[-1], listed_layers(cfg, cfg.seed_layers)
     if part not in seeded_maps(cfg) or (layers and int(name.split(".")[1]) not in layers):
-        return linear(name, fan_in, fan_out, init)
+        low = part == "k" and cfg.k_rank  # PR #298's W = B A: two factors and no basis
+        how = (Seeding("none", 0, cfg.k_rank, 0.0, 1, False),)
+        return linear(name, fan_in, fan_out, init, *(("seeded", *how) if low else ("dense",)))
     rank = cfg.adapter_rank or getattr(cfg, MAP_RANKS[part])
     how = Seeding(cfg.seed_basis, cfg.basis_seed, rank, cfg.lora_alpha, turns if cfg.seed_per_visit else 1,
                   cfg.seed_scale == "row")  # fmt: skip
@@ -2574,6 +2694,33 @@ def inner_steps(gram: Tensor, rate: Tensor, same: Tensor) -> Tensor:
     return 1 / (sums.mT * same.tril()).amax(-1, keepdim=True).clamp_min(1.0)
 
 
+def in_chunks(x: Tensor, chunk: int) -> Tensor:
+    """[B, T, G, H/G, n] -> fp32 [B, N, G, H/G, C, n], zeros after the end."""
+    return F.pad(x.float(), (0, 0) * 3 + (0, -x.shape[1] % chunk)).unflatten(1, (-1, chunk)).movedim(2, -2)
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, chunk: int = 64) -> Tensor:
+    """y_t = sum_(j <= t) (f(q_t).f(k_j)) v_j / sum_(j <= t) f(q_t).f(k_j), f = elu + 1, j in t's document: q
+    [B, T, H, K], k and v [B, T, G, K] -> [B, T, H, K]. Katharopoulos et al. 2020; LINEAR_LAYERS (PR #298 names it).
+
+    Chunked: a product of [C, C] inside a chunk, a state [K + 1, K] of those before it, fp32; the last row is the
+    denominator's. Cost a token and a head: C K + K^2 instead of T K. Not softmax attention at the start: it has no
+    sharp maximum. Effect on a CPU: docs/experiments.md; not measured on a GPU yet.
+    """
+    time, heads = q.shape[1:3]
+    docs = torch.zeros_like(q[..., 0, 0]) if docs is None else docs
+    docs = in_chunks(docs[:, :, None, None, None], chunk)
+    v = F.pad(v, (0, 1), value=1.0)
+    q, k, v = (in_chunks(x.unflatten(2, (k.shape[2], -1)), chunk) for x in (F.elu(q) + 1, F.elu(k) + 1, v))
+    same, last = docs == docs.mT, docs[..., -1:, :]
+    before = F.pad(last[:, :-1], (0, 0) * 4 + (1, 0))  # the document that the state is of
+    kept = torch.eye(k.shape[-1], device=k.device) * (last == before)
+    W = AffineScan.apply(kept, v.mT @ (k * (docs == last))).mT
+    z = (q @ W) * (docs == before) + ((q @ k.mT) * same.tril()) @ v
+    y = (z[..., :-1] / z[..., -1:].clamp_min(1e-6)).to(q.dtype)
+    return y.movedim(-2, 2).flatten(1, 2)[:, :time].reshape(len(q), time, heads, -1)
+
+
 def ttt_linear(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, docs: Tensor | None, chunk: int) -> Tensor:
     """The chunked dual form of TTTLinear: q [B, T, H, K], k and v [B, T, G, K], rate [B, T, G] -> fp32 [B, T, H, K].
 
@@ -2582,13 +2729,10 @@ def ttt_linear(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, docs: Tensor | Non
     M = s_C sum_j rate_j k_j k_j^T and V = s_C sum_j rate_j v_j k_j^T. At a document's start the state is zero.
     """
 
-    def chunks(x: Tensor) -> Tensor:
-        """[B, T, G, H/G, n] -> fp32 [B, N, G, H/G, C, n], zeros after the end."""
-        return F.pad(x.float(), (0, 0) * 3 + (0, -time % chunk)).unflatten(1, (-1, chunk)).movedim(2, -2)
-
     time, heads = q.shape[1:3]
-    docs = chunks(torch.zeros_like(q[:, :, :1, None, :1]) if docs is None else docs[:, :, None, None, None])
-    q, k, v, rate = (chunks(x.unflatten(2, (k.shape[2], -1))) for x in (q, k, v, rate[..., None]))
+    docs = torch.zeros_like(q[..., 0, 0]) if docs is None else docs
+    docs = in_chunks(docs[:, :, None, None, None], chunk)
+    q, k, v, rate = (in_chunks(x.unflatten(2, (k.shape[2], -1)), chunk) for x in (q, k, v, rate[..., None]))
     same, gram, last = docs == docs.mT, k @ k.mT, docs[..., -1:, :]
     before = F.pad(last[:, :-1], (0, 0) * 4 + (1, 0))  # the document that the state is of
     step = inner_steps(gram, rate, same)
@@ -2632,7 +2776,8 @@ class Attention(nn.Module):
     def __init__(self, cfg: Config, layer: LayerSpec, name: str, backend: str):
         super().__init__()
         width, kv = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
-        self.head_dim, self.backend = cfg.head_dim, backend
+        self.head_dim = cfg.head_dim
+        self.attend = linear_attention if layer.linear else functools.partial(attend, backend=backend)
         self.q = layer_map(cfg, layer.turns, f"{name}.q", width, width)
         self.k = layer_map(cfg, layer.turns, f"{name}.k", width, kv)
         self.v = layer_map(cfg, layer.turns, f"{name}.v", width, kv)
@@ -2648,7 +2793,7 @@ class Attention(nn.Module):
         if self.value_mix is not None:
             qkv = qkv + F.pad((self.value_mix * values).to(qkv.dtype), (qkv.shape[-1] - values.shape[-1], 0))
         q, k, v, own = ops.qk_rope(qkv, self.q_gain, *rope, self.head_dim)
-        y = attend(q, k, v, docs, self.backend)
+        y = self.attend(q, k, v, docs)
         for stage in self.stages:
             y = stage(y, Heads(q, k, own, x, docs), ops)
         return self.proj(y.flatten(2), scale_out[:, None])
@@ -2675,6 +2820,43 @@ class MLP(nn.Module):
         return ops.mlp(x, up, down, self.slope, self.down.tap)
 
 
+def orthonormal(A: Tensor, steps: int = 12) -> Tensor:
+    """The nearest matrix with orthonormal rows to A [r, c], r <= c: Newton-Schulz from A over its Frobenius norm."""
+    X = A / A.norm().clamp_min(1e-12)
+    for _ in range(steps):
+        X = 1.5 * X - 0.5 * (X @ X.mT) @ X
+    return X
+
+
+class ExpertMLP(MLP):
+    """The MLP's hidden units in E equal groups, experts, group e's activation times w_e (USE_EIGENSPACE_ROUTING).
+
+    w = E softmax(s_e |Q_e x|^2 / (4 / E)): Q_e are four of 4 E learned directions, made orthonormal in every forward
+    pass, x [..., D] the unit-mean-square input over sqrt(D). PR #298 means it and never runs it; there the bases are
+    not orthogonal and every expert is a whole MLP. Starts as the plain MLP, s = 0. Added: 4 E D weights a layer, and
+    plain operations instead of the fused ones. Effect on a CPU: docs/experiments.md; not measured on a GPU yet.
+    """
+
+    def __init__(self, cfg: Config, name: str, turns: int = 1):
+        super().__init__(cfg, name, turns)
+        self.experts = cfg.num_experts
+        self.basis = linear(f"{name}.basis", cfg.model_dim, min(4 * self.experts, cfg.model_dim))
+        self.route_scale = nn.Parameter(torch.zeros(self.experts))
+
+    def forward(self, x: Tensor, scale_in: Tensor, scale_out: Tensor, ops: Ops) -> Tensor:
+        self.up.see(x)
+        self.basis.see(x)
+        up, down = self.up.matrix(x.dtype, scale_in), self.down.matrix(x.dtype, scale_out[:, None])
+        share = F.linear(norm(x).float(), orthonormal(self.basis.matrix(torch.float32))).square()
+        energy = share.unflatten(-1, (self.experts, -1)).sum(-1) * (self.experts / share.shape[-1])
+        weight = self.experts * torch.softmax(self.route_scale * energy, -1)
+        act = F.leaky_relu(F.linear(x, up), self.slope).square().unflatten(-1, (self.experts, -1))
+        act = (act * weight[..., None]).to(x.dtype).flatten(-2)
+        if self.down.tap is not None:
+            self.down.tap(act)
+        return F.linear(act, down)
+
+
 class LayerSpec(NamedTuple):
     """One row of the layer table: what is particular to a physical layer."""
 
@@ -2686,6 +2868,8 @@ class LayerSpec(NamedTuple):
     capacity: tuple[float, ...]  # share of tokens that each pass takes; (): no router, all of them
     turns: int  # visits of a forward pass, at most
     rho: float  # the constant of RESIDUAL_KIND
+    linear: bool  # whether its attention is linear
+    lanes: bool  # whether it knows two lanes
 
 
 def layer_table(cfg: Config) -> list[LayerSpec]:
@@ -2693,13 +2877,13 @@ def layer_table(cfg: Config) -> list[LayerSpec]:
     rows, visits = [], len(virtual_order(cfg, True))
     for layer, capacity in enumerate(capacities(cfg)):
         parallel = "parallel" if 0 <= cfg.parallel_residual_start <= layer else "sequential"
-        turns = 1 + cfg.num_loops if MOD_PLACES["loop"](cfg, layer) else 1
+        turns = 1 + cfg.repeats.count(layer)
         stages = [
             ("ttt_linear", layer in listed_layers(cfg, cfg.ttt_linear_layers)),
             ("xsa", layer >= cfg.num_layers - cfg.xsa_last_n),
             (cfg.attn_gate, cfg.attn_gate != "none"),
         ]
-        told = turns > 1 and (cfg.depth_embed or cfg.step_gates)
+        told = turns > 1 and (cfg.depth_embed or cfg.step_gates or cfg.pass_controls)
         kinds = dict(equilibrium=layer == cfg.deq_layer, routed=capacity, universal=told, plain=True)
         rows.append(
             LayerSpec(
@@ -2711,6 +2895,8 @@ def layer_table(cfg: Config) -> list[LayerSpec]:
                 capacity=capacity,
                 turns=turns,
                 rho=1.0 if cfg.residual_kind == "plain" else cfg.residual_scale or visits**-0.5,
+                linear=layer in listed_layers(cfg, cfg.linear_layers),
+                lanes=0 < cfg.parallel_start_layer <= layer and not capacity and layer != cfg.deq_layer,
             )
         )
     return rows
@@ -2726,11 +2912,13 @@ class Block(nn.Module):
     def __init__(self, cfg: Config, layer: LayerSpec, name: str, backend: str):
         super().__init__()
         self.attn = Attention(cfg, layer, f"{name}.attn", backend)
-        self.mlp = MLP(cfg, f"{name}.mlp", layer.turns)
+        self.mlp = (ExpertMLP if cfg.use_eigenspace_routing else MLP)(cfg, f"{name}.mlp", layer.turns)
         self.attn_scale = nn.Parameter(torch.full((cfg.model_dim,), cfg.branch_scale_init))
         self.mlp_scale = nn.Parameter(torch.full((cfg.model_dim,), cfg.branch_scale_init))
         mix = torch.stack([torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim)])
         self.resid_mix = nn.Parameter(mix) if cfg.resid_mix else None
+        self.lane_read = nn.Parameter(torch.eye(2)) if layer.lanes else None
+        self.lane_write = nn.Parameter(torch.ones(2, 2)) if layer.lanes else None
         self.residual, self.rho = layer.residual, layer.rho
         self.shrink = layer.rho if layer.residual == "contraction" else 1.0
         self.register_buffer("scale", torch.tensor(layer.scale), persistent=False)
@@ -2745,17 +2933,27 @@ class Block(nn.Module):
 
     def scales(self) -> tuple[Tensor, Tensor]:
         """What multiplies attention's and the MLP's part of the branch: [D], [D]."""
-        return self.attn_scale * self.rho, self.mlp_scale * self.rho
+        return self.at_turn(self.attn_scale) * self.rho, self.at_turn(self.mlp_scale) * self.rho
+
+    def at_turn(self, control: Tensor) -> Tensor:
+        """A learned vector as this visit has it."""
+        return control
+
+    def mixed(self, x: Tensor, x0: Tensor, ops: Ops) -> tuple[Tensor, Tensor]:
+        """Stream and embedding mixed, and the norm of it: [B, T, D] each, or two lanes of them."""
+        if self.resid_mix is None:
+            return x, norm(x)
+        return (mix_norm if x.dim() == 4 else ops.mix_norm)(x, x0, *self.at_turn(self.resid_mix))
 
     def forward(
         self, x: Tensor, x0: Tensor, rope, docs: Tensor | None, ops: Ops, values: Tensor | None = None
     ) -> Tensor:
-        """x, x0 [B, T, D], values [B, T, G K] -> [B, T, D]."""
-        u, n = (x, norm(x)) if self.resid_mix is None else ops.mix_norm(x, x0, *self.resid_mix)
+        """x [B, T, D] or two lanes [2, B, T, D], x0 [B, T, D], values [B, T, G K] -> as x."""
+        u, n = self.mixed(x, x0, ops)
         attention = functools.partial(
             self.attn, rope=rope, docs=docs, scale_in=self.scale, scale_out=self.scales()[0], ops=ops, values=values
         )
-        return RESIDUALS[self.residual](self, u, n, attention, ops)
+        return (RESIDUALS[self.residual] if x.dim() == 3 else two_lanes)(self, u, n, attention, ops)
 
     def visit(self, parts: Mapping[str, Callable], x: Tensor, x0: Tensor, *context: Any) -> Tensor:
         """One visit of the schedule, by the compiled parts; what another kind of block does differently."""
@@ -2779,6 +2977,36 @@ def contraction(block: Block, u: Tensor, n: Tensor, attention: Callable[[Tensor]
     return parallel(block, (block.shrink * u).to(u.dtype), n, attention, ops)
 
 
+def lane_sum(weights: Tensor, lanes: Tensor) -> Tensor:
+    """The lanes added up by learned numbers: [2], [2, B, T, D] -> [B, T, D]."""
+    return (weights[:, None, None, None] * lanes).sum(0).to(lanes.dtype)
+
+
+def two_lanes(block: Block, u: Tensor, n: Tensor, attention: Callable[[Tensor], Tensor], ops: Ops) -> Tensor:
+    """Lanes u [2, B, T, D]: u_l += W_al attention(norm(sum_l R_al u_l)), then u_l += W_ml mlp(norm(sum_l R_ml u_l)).
+
+    Challenge PR #1204 (-0.0022 bpb there); in #1435 each branch wrote to its own lane alone, so that the last MLPs
+    never saw the last attentions. R starts as the identity and W as ones, so both lanes start as the plain stream.
+    Added: 8 numbers a layer, a second stream to read and write. PARALLEL_RESIDUAL_START: both read before both write.
+    """
+    u = (block.shrink * u).to(u.dtype)
+    write = block.lane_write[:, :, None, None, None]
+    h = (u + write[0] * attention(norm(lane_sum(block.lane_read[0], u)))).to(u.dtype)
+    n = norm(lane_sum(block.lane_read[1], h if block.residual == "sequential" else u))
+    return (h + write[1] * block.mlp(n, block.scale, block.scales()[1], ops)).to(u.dtype)
+
+
+class LaneMerge(nn.Module):
+    """The stream after the last lanes: m . (u_0, u_1), m starts at (1/2, 1/2). [2, B, T, D] -> [B, T, D]."""
+
+    def __init__(self):
+        super().__init__()
+        self.lane_merge = nn.Parameter(torch.full((2,), 0.5))
+
+    def forward(self, lanes: Tensor) -> Tensor:
+        return lane_sum(self.lane_merge, lanes)
+
+
 RESIDUALS = {"sequential": sequential, "parallel": parallel, "delta": parallel, "contraction": contraction}
 
 
@@ -2787,6 +3015,8 @@ class Universal(Block):
 
     DEPTH_EMBED: D_k [turns, D] joins the stream before visit k. STEP_GATES: 1 + tanh(G_k) multiplies what attention
     and MLP add, G [turns, 2, D]. Both start at zero: the identity. Cost: 3 D fp16 numbers a visit.
+    PASS_CONTROLS (PR #298): attn_scale, mlp_scale [turns, D] and resid_mix [turns, 2, D] of each visit alone, which all
+    start as the layer's would: 4 D more numbers a further visit.
     """
 
     def __init__(self, cfg: Config, layer: LayerSpec, name: str, backend: str):
@@ -2794,6 +3024,13 @@ class Universal(Block):
         depth, gates = (wanted and layer.turns > 1 for wanted in (cfg.depth_embed, cfg.step_gates))
         self.depth = nn.Parameter(torch.zeros(layer.turns, cfg.model_dim)) if depth else None
         self.step_gate = nn.Parameter(torch.zeros(layer.turns, 2, cfg.model_dim)) if gates else None
+        self.alone = cfg.pass_controls and layer.turns > 1
+        for name in ("attn_scale", "mlp_scale", "resid_mix") if self.alone else ():
+            if (start := getattr(self, name)) is not None:
+                setattr(self, name, nn.Parameter(start.detach().repeat(layer.turns, *[1] * start.dim())))
+
+    def at_turn(self, control: Tensor) -> Tensor:
+        return control.index_select(0, self.turn)[0] if self.alone else control
 
     def scales(self) -> tuple[Tensor, Tensor]:
         attention, feed = super().scales()
@@ -2811,6 +3048,18 @@ class Universal(Block):
     ) -> Tensor:
         """x, x0 [B, T, D], values [B, T, G K] -> [B, T, D]."""
         return super().forward(self.entered(x), x0, rope, docs, ops, values)
+
+
+class InputTable(nn.Module):
+    """e_t + F[id_t], F [V, D] a table of the input alone (PR #298 calls it value embeddings): it partly unties a tied
+    head. Starts as the identity, F = 0. Added: V D weights at EMBED_BITS."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(cfg.vocab_size, cfg.model_dim))
+
+    def forward(self, e: Tensor, ids: Tensor) -> Tensor:
+        return e + F.embedding(ids, self.table).to(e.dtype)
 
 
 class SmearGate(nn.Module):
@@ -2867,6 +3116,7 @@ class Mixer(NamedTuple):
 
 # applied in this order
 MIXERS = {
+    "input": Mixer(lambda cfg: cfg.input_table, InputTable),
     "bigram": Mixer(lambda cfg: cfg.bigram_vocab_size > 0, BigramHash),
     "smear": Mixer(lambda cfg: cfg.smear_gate, SmearGate),
 }
@@ -2937,6 +3187,10 @@ class Visit(NamedTuple):
     keep: bool  # whether a later visit wants this one's output
     turn: int  # how often the layer has run before in this pass
     route: tuple[Route, ...] = ()  # what a routed block is told beyond what every block is
+    place: int = 0  # what skips know it by: its layer, or with SKIP_OVER=visits its position in the looped order
+    begins: int = -1  # number of the pass over the repeated layers that begins before it; -1: none
+    ends: bool = False  # whether such a pass ends with it
+    lanes: bool = False  # whether the stream has two lanes
 
     @property
     def capacity(self) -> float:
@@ -2945,36 +3199,59 @@ class Visit(NamedTuple):
 
 
 def virtual_order(cfg: Config, looping: bool) -> list[int]:
-    """Physical layer of every visit: the segment LOOP_START..LOOP_END runs 1 + NUM_LOOPS times while looping."""
-    layers = list(range(cfg.num_layers))
-    if not (looping and cfg.loops):
-        return layers
-    segment = layers[cfg.loop_start : cfg.loop_end + 1]
-    return layers[: cfg.loop_start] + segment * (1 + cfg.num_loops) + layers[cfg.loop_end + 1 :]
+    """Physical layer of every visit: while looping ``cfg.repeats`` run again after the last of them."""
+    layers, again = list(range(cfg.num_layers)), list(cfg.repeats if looping else ())
+    last = max(again, default=-1) + 1
+    return layers[:last] + again + layers[last:]
+
+
+def pass_bounds(cfg: Config, looping: bool) -> tuple[list[int], list[int]]:
+    """First and last position of every pass over the repeated layers in the virtual order; without any the whole
+    order is one pass. A pass goes from lower to higher layers."""
+    order, again = virtual_order(cfg, looping), cfg.repeats if looping else ()
+    last = max(cfg.repeats, default=cfg.num_layers - 1)
+    further = [at for at in range(last + 1, last + 1 + len(again)) if order[at] <= order[at - 1]]
+    return [min(cfg.repeats, default=0), *further], [*(at - 1 for at in further), last + len(again)]
 
 
 def skip_pairs(cfg: Config) -> dict[int, int]:
     """Destination -> source of the U-Net skips, by physical layer: switching the recurrence on keeps every pair.
 
     The k-th layer of the second half takes the output of the k-th last of the first. The innermost pair would mix
-    the stream with itself and is left out.
+    the stream with itself and is left out. SKIP_OVER=visits: the same of the looped order's visits, by position; in
+    PR #298's three layers the only pair of layers was the stream with itself.
     """
     if cfg.skip_kind == "none":
         return {}
-    half = cfg.num_layers // 2
+    half = (cfg.num_layers if cfg.skip_over == "layers" else len(virtual_order(cfg, True))) // 2
     return {half + k: half - 1 - k for k in range(1, half)}
+
+
+def skip_places(cfg: Config, order: list[int]) -> list[int]:
+    """What the pairs of ``skip_pairs`` know each visit by."""
+    if cfg.skip_over == "layers":
+        return order
+    whole = virtual_order(cfg, True)
+    found = {layer: [at for at, other in enumerate(whole) if other == layer] for layer in order}
+    return [found[layer][order[:position].count(layer)] for position, layer in enumerate(order)]
 
 
 def schedule(cfg: Config, looping: bool, exact: bool = False) -> tuple[Visit, ...]:
     """The visits of a forward pass. A skip leaves its source's last visit and joins its destination's last visit."""
-    order, pairs, shares = virtual_order(cfg, looping), skip_pairs(cfg), capacities(cfg)
-    last = {layer: position for position, layer in enumerate(order)}
+    order, shares, first = virtual_order(cfg, looping), capacities(cfg), cfg.parallel_start_layer
+    places, (begins, ends) = skip_places(cfg, order), pass_bounds(cfg, looping)
+    last = {place: position for position, place in enumerate(places)}
+    pairs = {place: source for place, source in skip_pairs(cfg).items() if {place, source} <= set(last)}
     visits = []
-    for position, layer in enumerate(order):
-        final, turn, several = last[layer] == position, order[:position].count(layer), order.count(layer) > 1
-        source = pairs.get(layer) if final else None
+    for position, (layer, place) in enumerate(zip(order, places, strict=True)):
+        final, turn, several = last[place] == position, order[:position].count(layer), order.count(layer) > 1
+        source = pairs.get(place) if final else None
         route = tuple(Route(turn if several else None, share, exact) for share in shares[layer][turn : turn + 1])
-        visits.append(Visit(layer, source, final and layer in pairs.values(), turn, route))
+        number = begins.index(position) if position in begins else -1
+        lanes = first > 0 and min(order[position:]) >= first  # they stay open to the end
+        visits.append(
+            Visit(layer, source, final and place in pairs.values(), turn, route, place, number, position in ends, lanes)
+        )
     return tuple(visits)
 
 
@@ -3478,6 +3755,7 @@ class GPT(nn.Module):
         layers = enumerate(layer_table(cfg))
         self.blocks = nn.ModuleList(BLOCKS[layer.kind](cfg, layer, f"blocks.{i}", backend) for i, layer in layers)
         self.skips = nn.ModuleDict({f"{s}_{d}": SKIPS[cfg.skip_kind](cfg) for d, s in skip_pairs(cfg).items()})
+        self.lanes = LaneMerge() if schedule(cfg, True)[-1].lanes else None
         states = ((looping, exact) for looping in (False, True) for exact in (False, True))
         self.schedules = {state: schedule(cfg, *state) for state in states}
         self.head_tap: Callable[[Tensor], None] | None = None
@@ -3498,20 +3776,28 @@ class GPT(nn.Module):
         cfg, length = self.cfg, ids.shape[1]
         rope = rotary_table(length, cfg.rope_dims or cfg.head_dim, cfg.rope_base, cfg.train_seq_len, ids.device)
         docs = (ids == BOS).cumsum(1) if cfg.pack_docs else None
-        x = x0 = self.parts["embed"](self, ids)
         values = None if self.values is None else self.parts["values"](self.values, ids, self.dtype)
-        kept: dict[int, Tensor] = {}
-        visits = self.schedules[looping, exact]
+        return self.walk(self.parts["embed"](self, ids), rope, docs, values, self.schedules[looping, exact])
+
+    def walk(self, x: Tensor, rope, docs: Tensor | None, values: Tensor | None, visits: tuple[Visit, ...]) -> Tensor:
+        """The embedded tokens x [B, T, D] through the schedule -> [B, T, D]."""
+        x0, kept = x, {}
         readers = FanOut.apply(x0, len(visits), self.parts["add_up"]) if wants_grad(x0) else (x0,) * len(visits)
         for visit, x0 in zip(visits, readers, strict=True):
+            if visit.lanes and x.dim() == 3:
+                x = torch.stack((x, x))
             if visit.skip_from is not None:
-                x = self.parts["skip"](self.skips[f"{visit.skip_from}_{visit.layer}"], x, kept.pop(visit.skip_from))
+                x = self.parts["skip"](self.skips[f"{visit.skip_from}_{visit.place}"], x, kept.pop(visit.skip_from))
             block = self.blocks[visit.layer]
             block.turn_to(visit.turn)
-            x = block.visit(self.parts, x, x0, rope, docs, self.ops, values, *visit.route)
+            if x.dim() == 3 or block.lane_read is not None:
+                x = block.visit(self.parts, x, x0, rope, docs, self.ops, values, *visit.route)
+            else:  # a layer that knows one lane sees their mean, and both take what it changed
+                mean = x.mean(0)
+                x = x + (block.visit(self.parts, mean, x0, rope, docs, self.ops, values, *visit.route) - mean)
             if visit.keep:
-                kept[visit.layer] = x
-        return x
+                kept[visit.place] = x
+        return x if x.dim() == 3 else self.parts["merge"](self.lanes, x)
 
     def forward(self, ids: Tensor, targets: Tensor, looping: bool, exact: bool = False) -> Tensor:
         """Nats of every target: ids, targets [B, T] -> fp32 [B, T]."""
@@ -3566,6 +3852,7 @@ PARTS: dict[str, Callable] = {
     "choose": choose,
     "routed": routed_forward,
     "skip": join,
+    "merge": LaneMerge.forward,
     "add_up": add_up,
     "nll": head_nll,
     "logits": head_logits,
@@ -3625,12 +3912,12 @@ class ParamRow(NamedTuple):
 # gains, mixes and gates: everything that is no matrix
 VECTORS = (
     r".*\.(q_gain|attn_scale|mlp_scale|resid_mix|skip_weight|skip_gate|gate|smear_scale|smear_gate|bigram_scale"
-    r"|value_scale|value_mix|basis_scale|depth|step_gate|inner_gate|inner_rate)"
+    r"|value_scale|value_mix|basis_scale|depth|step_gate|inner_gate|inner_rate|route_scale|lane_\w+|carry_\w+)"
 )
 PARAM_TABLE = (
-    ParamRow(r"embed|(mixers\.bigram|values)\.table", "adamw", "tied_embed_lr|embed_lr", "embed_wd"),
+    ParamRow(r"embed|(mixers\.(bigram|input)|values)\.table", "adamw", "tied_embed_lr|embed_lr", "embed_wd"),
     ParamRow(r"head\.weight", "adamw", "head_lr", "embed_wd"),
-    ParamRow(r"(blocks\.\d+|mixers|values)\..*\.weight", "muon", "matrix_lr", "muon_wd"),
+    ParamRow(r"(blocks\.\d+|mixers|values|carries)\..*\.weight", "muon", "matrix_lr", "muon_wd"),
     ParamRow(r"blocks\.\d+\..*\.lora_A", "muon_ab", "lora_a_lr", "lora_wd"),
     ParamRow(r"blocks\.\d+\..*\.lora_B", "muon_ab", "lora_b_lr", "lora_wd"),
     ParamRow(VECTORS, "adamw", "scalar_lr", "adam_wd"),
@@ -3714,7 +4001,7 @@ class Bank:
 
     def gradient(self) -> Tensor:
         """The sum over ranks of this rank's share of gradients: fp32 [share, r, c]."""
-        grads = torch.stack([param.grad for param in self.params])
+        grads = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in self.params])
         if self.run.world_size == 1:
             return grads
         missing = self.share * self.run.world_size - len(grads)
@@ -3782,7 +4069,7 @@ class Optimizers:
     def step(self, lr_scale: float, momentum: float) -> Tensor:
         """Reduce, clip, update; gradients are cleared. Returns the global gradient norm before clipping."""
         grads = [bank.gradient() for bank in self.banks]
-        small = [param.grad for param in self.small]
+        small = [param.grad for param in self.small if param.grad is not None]  # None: waits for the recurrence
         if self.run.world_size > 1:
             flat = self.run.sum(torch.cat([grad.flatten() for grad in small]))
             pieces = flat.split([grad.numel() for grad in small])
@@ -3800,7 +4087,9 @@ class Optimizers:
             if self.cfg.muon_beta2:
                 update = even_sizes(update, bank.row_square, self.cfg.muon_beta2)
             update = bank.gather(update)
-            torch._foreach_mul_(bank.params, 1 - lr_scale * bank.decay)
+            used = [param for param in bank.params if param.grad is not None]
+            if used:
+                torch._foreach_mul_(used, 1 - lr_scale * bank.decay)
             torch._foreach_add_(bank.params, [u.float() for u in update], alpha=-bank.lr * lr_scale)
         for param in [*self.small, *(param for bank in self.banks for param in bank.params)]:
             param.grad = None
@@ -3883,7 +4172,7 @@ def lr_scale(cfg: Config, step: int, fraction: float) -> float:
     rise = min(1.0, (step + 1) / (cfg.lr_warmup_steps + 1))
     if fraction < 1 - cfg.warmdown_frac:
         return rise
-    left = (1 - fraction) / cfg.warmdown_frac if cfg.warmdown_frac else 1.0
+    left = min(1.0, (1 - fraction) / cfg.warmdown_frac) if cfg.warmdown_frac else 1.0
     return rise * (cfg.min_lr + (1 - cfg.min_lr) * left)
 
 
@@ -3893,17 +4182,18 @@ def muon_momentum(cfg: Config, step: int) -> float:
     return cfg.muon_momentum_warmup_start + (cfg.muon_momentum - cfg.muon_momentum_warmup_start) * share
 
 
-def looping_at(cfg: Config, fraction: float) -> bool:
-    """Whether the recurrence is on at this fraction of the run."""
-    return cfg.loops and fraction >= cfg.enable_looping_at
+def looping_at(cfg: Config, fraction: float, step: int = 0) -> bool:
+    """Whether the recurrence is on at this fraction of the run, or (RECUR_START_STEP) at this step."""
+    reached = step >= cfg.recur_start_step if cfg.recur_start_step else fraction >= cfg.enable_looping_at
+    return cfg.loops and reached
 
 
 def token_bytes(cfg: Config) -> float:
     """GPU memory of a training token: a visit keeps about 20 D values for the backward pass, as much again with a state
     of TTT-Linear, the head 4 V (bf16 logits, their gradient, slack)."""
     inner = listed_layers(cfg, cfg.ttt_linear_layers)
-    kept = ((visit.capacity * (1 + (visit.layer in inner)), visits_of(cfg, visit.layer).memory, len(visit.route))
-            for visit in schedule(cfg, True))  # fmt: skip
+    kept = ((visit.capacity * (1 + (visit.layer in inner) + 0.4 * visit.lanes), visits_of(cfg, visit.layer).memory,
+             len(visit.route)) for visit in schedule(cfg, True))  # fmt: skip
     visits = sum(share * memory + 0.1 * routed for share, memory, routed in kept)  # a router keeps the stream as well
     return 2 * ((10 + 2.5 * cfg.mlp_mult) * cfg.model_dim * visits + 4 * cfg.vocab_size)
 
@@ -4021,7 +4311,7 @@ class Trainer:
         self.step, self.seconds, self.saved, self.looping = 0, 0.0, -1, False
         self.exact = exact_at(run.cfg, 0.0)
 
-    def accumulate(self, rows: Tensor, looping: bool, exact: bool = False) -> Tensor:
+    def accumulate(self, rows: Tensor, looping: bool, exact: bool = False, fraction: float = 0.0) -> Tensor:
         """Forward and backward of this rank's sequences [n, T+1]; returns its share of the step's mean loss."""
         total = torch.zeros((), device=rows.device)
         for part in rows.split(self.micro):
@@ -4036,7 +4326,7 @@ class Trainer:
         Halves the micro-batch when memory runs out.
         """
         cfg, run = self.cfg, self.run
-        loops = sorted({looping_at(cfg, 0.0), looping_at(cfg, 1.0 - 1e-9)})
+        loops = sorted({looping_at(cfg, 0.0), looping_at(cfg, 1.0 - 1e-9, cfg.iterations)})
         rules = (True, False) if exact_at(cfg, 0.0) else (False,)
         states = tuple((looping, exact) for looping in loops for exact in rules)
         index = 0
@@ -4075,7 +4365,8 @@ class Trainer:
 
     def train_step(self, rows: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
         """One optimizer step. Returns (loss, gradient norm), on the device."""
-        loss = self.accumulate(rows, looping_at(self.cfg, fraction), exact_at(self.cfg, fraction))
+        looping = looping_at(self.cfg, fraction, self.step)
+        loss = self.accumulate(rows, looping, exact_at(self.cfg, fraction), fraction)
         norm_ = self.optimizers.step(lr_scale(self.cfg, self.step, fraction), muon_momentum(self.cfg, self.step))
         self.step += 1
         self.ema.update(self.step)
@@ -4135,7 +4426,7 @@ class Trainer:
                 now = progress(cfg, self.step, self.seconds)
                 if signalled or now.done:
                     break
-                if looping_at(cfg, now.fraction) != self.looping:
+                if looping_at(cfg, now.fraction, self.step) != self.looping:
                     self.looping = not self.looping
                     self._announce_loop(now.fraction)
                 if exact_at(cfg, now.fraction) != self.exact:
@@ -4214,8 +4505,8 @@ class TensorRow(NamedTuple):
 
 
 TENSOR_PLAN = (
-    TensorRow(r"embed|head\.weight|(mixers\.bigram|values)\.table", "int", "embed_bits", "embed_clip_sigmas"),
-    TensorRow(r"(blocks\.\d+|mixers|values)\..*\.weight", "int", "matrix_bits", "matrix_clip_sigmas"),
+    TensorRow(r"embed|head\.weight|(mixers\.(bigram|input)|values)\.table", "int", "embed_bits", "embed_clip_sigmas"),
+    TensorRow(r"(blocks\.\d+|mixers|values|carries)\..*\.weight", "int", "matrix_bits", "matrix_clip_sigmas"),
     TensorRow(r"blocks\.\d+\..*\.lora_[AB]", "factor", "matrix_bits", "matrix_clip_sigmas"),
     TensorRow(VECTORS, "half"),
     TensorRow(r"blocks\.\d+\.(router|threshold)", "half"),
@@ -5232,7 +5523,7 @@ def frozen_ledger(targets: int) -> Ledger:
 
 def adaptable(cfg: Config, model: GPT) -> list[nn.Parameter]:
     """What test-time training moves; everything else is frozen, so that its gradients are never computed."""
-    layers = range(cfg.loop_start, cfg.loop_end + 1) if cfg.loops else range(cfg.num_layers)
+    layers = sorted(set(cfg.repeats)) or range(cfg.num_layers)
     chosen = tuple(f"blocks.{layer}." for layer in layers) + ("skips.",)
     params = []
     for name, param in model.named_parameters():
@@ -5991,8 +6282,10 @@ def run_plan(cfg: Config, gpus: int) -> list[PlanRow]:
     sent = wire_bytes(cfg, gpus)
     talk = sent / H100["bus"]
     step = {on: cfg.train_batch_tokens / rate[on] + talk for on in rate}
-    before = min(1.0, cfg.enable_looping_at) if cfg.loops else 1.0
     clock = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
+    first = clock / step[False] if cfg.max_wallclock_seconds else cfg.iterations  # steps of a run that never loops
+    switch = cfg.recur_start_step / max(1.0, first) if cfg.recur_start_step else cfg.enable_looping_at
+    before = min(1.0, switch) if cfg.loops else 1.0
     steps = before / step[False] + (1 - before) / step[True]
     steps = min(cfg.iterations, steps * clock) if cfg.max_wallclock_seconds else cfg.iterations
     forward = gpus * H100["eval_mfu"] * H100["matmul"] / (flops_per_token(cfg, before < 1) / 3)
@@ -6025,7 +6318,7 @@ def describe_command(cfg: Config) -> None:
     for looping in (False, True) if cfg.loops else (False,):
         encoder, decoder = halves(cfg, looping)
         print(f"\nloop {'on' if looping else 'off'}: {len(encoder) + len(decoder)} visits {encoder} {decoder}")
-        skips = ", ".join(f"{v.skip_from}->{v.layer}" for v in schedule(cfg, looping) if v.skip_from is not None)
+        skips = ", ".join(f"{v.skip_from}->{v.place}" for v in schedule(cfg, looping) if v.skip_from is not None)
         print(f"  skips {skips or 'none'}; {flops_per_token(cfg, looping) / 1e6:.0f} MFLOP a training token")
     model = meta_model(cfg)
     rows: dict[tuple, int] = {}

@@ -2776,7 +2776,7 @@ class Attention(nn.Module):
     def __init__(self, cfg: Config, layer: LayerSpec, name: str, backend: str):
         super().__init__()
         width, kv = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
-        self.head_dim = cfg.head_dim
+        self.head_dim, self.backend = cfg.head_dim, backend
         self.attend = linear_attention if layer.linear else functools.partial(attend, backend=backend)
         self.q = layer_map(cfg, layer.turns, f"{name}.q", width, width)
         self.k = layer_map(cfg, layer.turns, f"{name}.k", width, kv)
@@ -3237,20 +3237,20 @@ def skip_places(cfg: Config, order: list[int]) -> list[int]:
 
 
 def schedule(cfg: Config, looping: bool, exact: bool = False) -> tuple[Visit, ...]:
-    """The visits of a forward pass. A skip leaves its source's last visit and joins its destination's last visit."""
+    """The visits of a forward pass. A skip joins its destination's last visit, from its source's last one before."""
     order, shares, first = virtual_order(cfg, looping), capacities(cfg), cfg.parallel_start_layer
     places, (begins, ends) = skip_places(cfg, order), pass_bounds(cfg, looping)
     last = {place: position for position, place in enumerate(places)}
-    pairs = {place: source for place, source in skip_pairs(cfg).items() if {place, source} <= set(last)}
+    pairs = {last[place]: source for place, source in skip_pairs(cfg).items() if {place, source} <= set(last)}
+    kept = {max(at for at, place in enumerate(places[:to]) if place == source) for to, source in pairs.items()}
     visits = []
     for position, (layer, place) in enumerate(zip(order, places, strict=True)):
-        final, turn, several = last[place] == position, order[:position].count(layer), order.count(layer) > 1
-        source = pairs.get(place) if final else None
+        turn, several = order[:position].count(layer), order.count(layer) > 1
         route = tuple(Route(turn if several else None, share, exact) for share in shares[layer][turn : turn + 1])
         number = begins.index(position) if position in begins else -1
         lanes = first > 0 and min(order[position:]) >= first  # they stay open to the end
         visits.append(
-            Visit(layer, source, final and place in pairs.values(), turn, route, place, number, position in ends, lanes)
+            Visit(layer, pairs.get(position), position in kept, turn, route, place, number, position in ends, lanes)
         )
     return tuple(visits)
 
@@ -3674,6 +3674,210 @@ class Routed(Universal):
         return parts["routed"](self, x, x0, chosen, rope, docs, ops, values)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Carries: what passes over the repeated layers tell the next one (PR #298, rebuilt; each alone on a CPU, none of them
+# above the noise: docs/experiments.md; not measured on a GPU yet)
+# ----------------------------------------------------------------------------------------------------------------------
+
+CARRY_RANK, TD_DISCOUNT, TD_WEIGHT = 16, 0.9, 1e-3
+
+
+class Carry(nn.Module):
+    """A change of the stream x [..., T, D] where a pass begins; ``turn``, int64 [1], is its number less ``first``.
+
+    memory: "start", the stream when the pass before began, "change" of it since (zero before pass 0), and what carries
+    keep. Returns x and the memory for the next pass. All are causal, cost little beside a layer, and start as the
+    identity but for what their docstrings say; learned vectors are rows of a pass.
+    """
+
+    first = 1  # the first pass whose beginning it changes
+
+    def __init__(self, cfg: Config, passes: int):
+        super().__init__()
+        self.passes, self.width = passes - self.first, cfg.model_dim
+
+    def rows(self, start: float = 0.0) -> nn.Parameter:
+        return nn.Parameter(torch.full((self.passes, self.width), start))
+
+    def forward(self, x: Tensor, memory: dict[str, Tensor], turn: Tensor, docs: Tensor | None) -> tuple:
+        raise NotImplementedError
+
+
+def document_start(x: Tensor, docs: Tensor | None) -> tuple[Tensor, Tensor]:
+    """For x [..., T, D] each token's position, int64 [T], and that of its document's first token, [T] or [B, T]."""
+    index = torch.arange(x.shape[-2], device=x.device)
+    if docs is None:
+        return index, torch.zeros_like(index)
+    new = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0), value=True)
+    return index, torch.where(new, index, 0).cummax(-1).values
+
+
+def mean_before(x: Tensor, docs: Tensor | None) -> Tensor:
+    """Mean over the earlier tokens of a token's document, zero for its first: [..., T, R] -> fp32 [..., T, R].
+
+    A prefix sum shifted by one, less its value at the document's start: a parallel scan.
+    """
+    sums = F.pad(x.float().cumsum(-2), (0, 0, 1, -1))
+    index, start = document_start(x, docs)
+    sums = sums - sums.gather(-2, start[..., None].expand_as(sums))
+    return sums / (index - start).clamp_min(1)[..., None]
+
+
+def at(rows: Tensor, turn: Tensor) -> Tensor:
+    """The row of a pass: [passes, D], int64 [1] -> [D]."""
+    return rows.index_select(0, turn)[0]
+
+
+class Resonance(Carry):
+    """x (1 + r_p cos(t f_p)), t the position in the document, in fp32: r [passes, 1] starts at 0, f [passes, D] as
+    N(0, 0.01^2). PR #298 has it in bf16, where positions beyond 256 run together. Pass 0 has it too."""
+
+    first = 0
+
+    def __init__(self, cfg: Config, passes: int):
+        super().__init__(cfg, passes)
+        self.carry_size = nn.Parameter(torch.zeros(self.passes, 1))
+        self.carry_pitch = nn.Parameter(0.01 * torch.randn(self.passes, self.width))
+
+    def forward(self, x: Tensor, memory: dict[str, Tensor], turn: Tensor, docs: Tensor | None) -> tuple:
+        index, start = document_start(x, docs)
+        wave = torch.cos((index - start).float()[..., None] * at(self.carry_pitch, turn))
+        return (x * (1 + at(self.carry_size, turn) * wave)).to(x.dtype), memory
+
+
+class StateCarry(Carry):
+    """x + U s: s [..., T, 16] a GRU's state that goes on from pass to pass, read from the mean m of the tokens before.
+
+    d = A norm(x), m = mean_before(d); z, r = sigmoid(G (m, s)), h = tanh(C (m, r s)), s <- (1 - z) s + z h; the first
+    s is m. PR #298 takes the mean over the whole sequence, the future included, and keeps no state. U starts at zero.
+    """
+
+    def __init__(self, cfg: Config, passes: int):
+        super().__init__(cfg, passes)
+        rank = CARRY_RANK
+        self.down = linear("carries.state.down", self.width, rank)
+        self.gates = linear("carries.state.gates", 2 * rank, 2 * rank)
+        self.candidate = linear("carries.state.candidate", 2 * rank, rank)
+        self.up = linear("carries.state.up", rank, self.width, init="zero")
+
+    def forward(self, x: Tensor, memory: dict[str, Tensor], turn: Tensor, docs: Tensor | None) -> tuple:
+        m = mean_before(self.down(norm(x)), docs)
+        s = memory.get("state", m)
+        z, r = torch.sigmoid(self.gates(torch.cat((m, s), -1))).chunk(2, -1)
+        h = torch.tanh(self.candidate(torch.cat((m, r * s), -1)))
+        s = s + z * (h - s)
+        return (x + self.up(s)).to(x.dtype), memory | {"state": s}
+
+
+class Confidence(Carry):
+    """x + c k_p, c = cos(x, its value when the last pass began): how settled the token is. k [passes, D] starts at 0.
+    PR #298's c is the output of its exit gate, which is all but constant there."""
+
+    def __init__(self, cfg: Config, passes: int):
+        super().__init__(cfg, passes)
+        self.carry_note = self.rows()
+
+    def forward(self, x: Tensor, memory: dict[str, Tensor], turn: Tensor, docs: Tensor | None) -> tuple:
+        start = memory["start"].float()
+        c = F.cosine_similarity(start + memory["change"], start, dim=-1)[..., None]
+        return (x + c * at(self.carry_note, turn)).to(x.dtype), memory
+
+
+class GradientMemory(Carry):
+    """x + g_p v, v <- sigmoid(b) v + change: momentum over passes, if a pass is a step of descent (heavy ball; Polyak
+    1964). g [passes, D] and b [D] start at 0. PR #298 adds |change| instead, which has no direction."""
+
+    def __init__(self, cfg: Config, passes: int):
+        super().__init__(cfg, passes)
+        self.carry_size = self.rows()
+        self.carry_keep = nn.Parameter(torch.zeros(self.width)) if self.passes > 1 else None
+
+    def forward(self, x: Tensor, memory: dict[str, Tensor], turn: Tensor, docs: Tensor | None) -> tuple:
+        v = memory["change"]
+        if "velocity" in memory:
+            v = v + torch.sigmoid(self.carry_keep) * memory["velocity"]
+        return (x + at(self.carry_size, turn) * v).to(x.dtype), memory | {"velocity": v}
+
+
+class TDCarry(Carry):
+    """x + a_p e, e = change + 0.9 V(now) - V(start): the error of V = U A norm(x), rank 16, which predicts the sum
+    of the changes to come, as temporal-difference learning does (Sutton 1988).
+
+    Loss: 0.001 times the mean over D of e^2 with the target, change + 0.9 V(now), held fixed. a [passes, D] starts at
+    TD_ALPHA, U at zero, so a fresh stack, which changes nothing, starts as the identity. PR #298 has neither error nor
+    target: it scales the stream by 0.475.
+    """
+
+    def __init__(self, cfg: Config, passes: int):
+        super().__init__(cfg, passes)
+        self.down = linear("carries.td.down", self.width, CARRY_RANK)
+        self.up = linear("carries.td.up", CARRY_RANK, self.width, init="zero")
+        self.carry_step = self.rows(cfg.td_alpha)
+        self.weight = TD_WEIGHT / self.width / cfg.train_batch_tokens
+
+    def forward(self, x: Tensor, memory: dict[str, Tensor], turn: Tensor, docs: Tensor | None) -> tuple:
+        start, change = memory["start"], memory["change"]
+        before, now = (self.up(self.down(norm(one))).float() for one in (start, (start + change).to(x.dtype)))
+        error = change + TD_DISCOUNT * now - before
+        loss = ((error + before).detach() - before).square().sum()
+        return AddPenalty.apply((x + at(self.carry_step, turn) * error).to(x.dtype), self.weight * loss), memory
+
+
+class ExitGate(Carry):
+    """A token stays with probability prod_p (1 - sigmoid(w_p.norm(x) + b_p)); below 1/2 it leaves for good: no later
+    pass changes it (``leave``), though others still read its keys and values.
+
+    The choice is hard in training and evaluation alike, its gradient that of the probability (straight-through), and
+    EXIT_PENALTY is what a pass costs a token that stays (ACT's ponder cost, Graves 2016). Starts at b = -2: all stay.
+    PR #298's gate multiplies by g + (1 - g). What it saves is the MLP of those who left; ``probe_exits`` measures it.
+    """
+
+    def __init__(self, cfg: Config, passes: int):
+        super().__init__(cfg, passes)
+        self.carry_gate = self.rows()
+        self.carry_bias = nn.Parameter(torch.full((self.passes, 1), -2.0))
+        self.weight = cfg.exit_penalty / cfg.train_batch_tokens
+
+    def forward(self, x: Tensor, memory: dict[str, Tensor], turn: Tensor, docs: Tensor | None) -> tuple:
+        score = (norm(x.float()) * at(self.carry_gate, turn)).sum(-1, keepdim=True) / self.width**0.5
+        stays = torch.sigmoid(-score - at(self.carry_bias, turn)) * memory.get("stays", 1.0)
+        live = (stays > 0.5).float() + (stays - stays.detach())
+        return AddPenalty.apply(x, self.weight * stays.sum()), memory | {"stays": stays, "live": live}
+
+
+def leave(x: Tensor, start: Tensor, live: Tensor) -> Tensor:
+    """The end of a pass: tokens that had left are as they were when it began. [..., T, D], live [..., T, 1]."""
+    return (start + live * (x.float() - start)).to(x.dtype)
+
+
+def begin_pass(
+    carries: tuple[Carry, ...], x: Tensor, memory: dict[str, Tensor], turn: Tensor, docs: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """All carries where a pass begins. The memory's "start" becomes the stream as they leave it."""
+    memory = memory | {"change": x.float() - memory["start"]} if "start" in memory else memory
+    for carry in carries:
+        x, memory = carry(x, memory, turn - carry.first, docs)
+    return x, memory | {"start": x}
+
+
+# The knob that asks for each, in the order of their changes.
+CARRIES: dict[str, tuple[str, type[Carry]]] = {
+    "resonance": ("use_resonant_encoding", Resonance),
+    "state": ("use_selective_state", StateCarry),
+    "confidence": ("use_confidence_conditioning", Confidence),
+    "memory": ("use_gradient_memory", GradientMemory),
+    "td": ("use_td_recurrence", TDCarry),
+    "exit": ("use_adaptive_depth", ExitGate),
+}
+
+
+def carry_modules(cfg: Config) -> dict[str, Carry]:
+    """Those that the configuration asks for and that some pass begins with: of one pass nothing is carried on."""
+    passes = len(pass_bounds(cfg, True)[0])
+    wanted = {name: make for name, (asked, make) in CARRIES.items() if getattr(cfg, asked)}
+    return {name: make(cfg, passes) for name, make in wanted.items() if passes > make.first}
+
+
 BLOCKS: dict[str, type[Block]] = {
     "plain": Block, "universal": Universal, "equilibrium": Equilibrium, "routed": Routed,
 }  # fmt: skip
@@ -3755,6 +3959,8 @@ class GPT(nn.Module):
         layers = enumerate(layer_table(cfg))
         self.blocks = nn.ModuleList(BLOCKS[layer.kind](cfg, layer, f"blocks.{i}", backend) for i, layer in layers)
         self.skips = nn.ModuleDict({f"{s}_{d}": SKIPS[cfg.skip_kind](cfg) for d, s in skip_pairs(cfg).items()})
+        self.carries = nn.ModuleDict(carry_modules(cfg))
+        self.register_buffer("turns", torch.arange(len(pass_bounds(cfg, True)[0]))[:, None], persistent=False)
         self.lanes = LaneMerge() if schedule(cfg, True)[-1].lanes else None
         states = ((looping, exact) for looping in (False, True) for exact in (False, True))
         self.schedules = {state: schedule(cfg, *state) for state in states}
@@ -3781,9 +3987,12 @@ class GPT(nn.Module):
 
     def walk(self, x: Tensor, rope, docs: Tensor | None, values: Tensor | None, visits: tuple[Visit, ...]) -> Tensor:
         """The embedded tokens x [B, T, D] through the schedule -> [B, T, D]."""
-        x0, kept = x, {}
+        x0, kept, memory = x, {}, {}
         readers = FanOut.apply(x0, len(visits), self.parts["add_up"]) if wants_grad(x0) else (x0,) * len(visits)
         for visit, x0 in zip(visits, readers, strict=True):
+            if self.carries and visit.begins >= 0:
+                called = tuple(carry for carry in self.carries.values() if carry.first <= visit.begins)
+                x, memory = self.parts["begin_pass"](called, x, memory, self.turns[visit.begins], docs)
             if visit.lanes and x.dim() == 3:
                 x = torch.stack((x, x))
             if visit.skip_from is not None:
@@ -3795,13 +4004,18 @@ class GPT(nn.Module):
             else:  # a layer that knows one lane sees their mean, and both take what it changed
                 mean = x.mean(0)
                 x = x + (block.visit(self.parts, mean, x0, rope, docs, self.ops, values, *visit.route) - mean)
+            if visit.ends and "live" in memory:
+                x = self.parts["leave"](x, memory["start"], memory["live"])
             if visit.keep:
                 kept[visit.place] = x
         return x if x.dim() == 3 else self.parts["merge"](self.lanes, x)
 
-    def forward(self, ids: Tensor, targets: Tensor, looping: bool, exact: bool = False) -> Tensor:
-        """Nats of every target: ids, targets [B, T] -> fp32 [B, T]."""
-        return self.nll(self.hidden(ids, looping, exact), targets)
+    def forward(self, ids: Tensor, targets: Tensor, looping: bool, exact: bool = False, bonus: float = 0.0) -> Tensor:
+        """Nats of every target: ids, targets [B, T] -> fp32 [B, T]. ``bonus``: what a nat of entropy is worth."""
+        x = self.hidden(ids, looping, exact)
+        if bonus:
+            x = AddPenalty.apply(x, -bonus * self.parts["entropy"](x, self.head_weight(), self.cfg.logit_softcap))
+        return self.nll(x, targets)
 
     def nll(self, x: Tensor, targets: Tensor) -> Tensor:
         """Nats of the targets [..., T] given the stream [..., T, D]."""
@@ -3842,6 +4056,12 @@ def head_nll(x: Tensor, weight: Tensor, targets: Tensor, cap: float, ops: Ops) -
     return ops.softcap_nll(logits, targets.flatten(), cap).view(targets.shape)
 
 
+def head_entropy(x: Tensor, weight: Tensor, cap: float) -> Tensor:
+    """Sum of the predictions' entropies in nats: [..., D] -> fp32 []."""
+    log_p = torch.log_softmax(head_logits(x, weight, cap), -1)
+    return -(log_p.exp() * log_p).sum()
+
+
 # What a forward pass calls; each is compiled as a whole on a GPU.
 PARTS: dict[str, Callable] = {
     "embed": embed,
@@ -3852,9 +4072,12 @@ PARTS: dict[str, Callable] = {
     "choose": choose,
     "routed": routed_forward,
     "skip": join,
+    "begin_pass": begin_pass,
+    "leave": leave,
     "merge": LaneMerge.forward,
     "add_up": add_up,
     "nll": head_nll,
+    "entropy": head_entropy,
     "logits": head_logits,
 }
 
@@ -4188,6 +4411,61 @@ def looping_at(cfg: Config, fraction: float, step: int = 0) -> bool:
     return cfg.loops and reached
 
 
+def entropy_bonus(cfg: Config, fraction: float) -> float:
+    """What a nat of entropy is worth at this fraction of the run: 0.05 THERMO_T_MAX exp(-fraction / THERMO_TAU).
+
+    PR #298's thermodynamic loss, a bonus on uncertain predictions (Pereyra et al. 2017); there its temperature falls by
+    the micro-batch, so that it depends on the number of ranks. Added beside the loss, whose value stays cross-entropy.
+    Cost: another product with the head. Effect on a CPU: docs/experiments.md; not measured on a GPU yet.
+    """
+    return cfg.use_thermo_loss * 0.05 * cfg.thermo_t_max * math.exp(-fraction / cfg.thermo_tau)
+
+
+@torch.no_grad()
+def add_weight_bits(model: GPT, weight: float) -> None:
+    """Add the gradient of weight x mean over the quantized numbers w of log2(1 + (w / s)^2) / 2 to the gradients.
+
+    That is what an entropy coder pays for w above a step s, up to a constant, with s = 0.4 of the matrix's root mean
+    square (held fixed), the step at 3.4 bits: it favours few large weights among many small ones, not small weights.
+    USE_COMPRESSION_LOSS; PR #298 means this and adds the entropy of the predictions, in a branch that never runs. Cost:
+    one pass over the weights a step. Effect on a CPU: docs/experiments.md; not measured on a GPU yet.
+    """
+    used = {n: p for n, p in model.named_parameters() if weight and p.grad is not None}
+    params = [p for n, p in used.items() if owner(n, TENSOR_PLAN).codec != "half"]
+    total = math.log(2) * sum(p.numel() for p in params)
+    for p in params:
+        square = p.square()
+        p.grad.addcdiv_(p, square + 0.16 * square.mean().clamp_min(1e-20), value=weight / total)
+
+
+@torch.no_grad()
+def spectral_embedding(run: Run, model: GPT, stream: TrainStream, tokens: int = 1 << 20) -> None:
+    """EMBED_INIT=spectral: E = U S^(1/2) of log(1 + C), centred, C [V, V] the counts of adjacent pairs in the first
+    tokens that training reads, U S its leading D singular vectors and values; brought to TIED_EMBED_INIT_STD, a tenth
+    of the usual noise on top for tokens without pairs (PR #298 has the name, on i.i.d. noise of a small variance).
+
+    By a randomized range finder with two power iterations (Halko et al. 2011), its noise from counters. Cost: seconds
+    of start-up. Effect on a CPU: docs/experiments.md; not measured on a GPU yet.
+    """
+    cfg, size = model.cfg, model.cfg.vocab_size
+    rows = stream.batch(0, max(1, tokens // cfg.train_seq_len)).long()
+    counts = torch.bincount((rows[:, :-1] * size + rows[:, 1:]).flatten(), minlength=size * size)
+    M = counts.view(size, size).float().log1p()
+    M = M - M.mean(0) - M.mean(1, keepdim=True) + M.mean()
+    rank = min(cfg.model_dim, size)
+    width = min(rank + 8, size)
+    Q = torch.linalg.qr(M @ random_normals(bits_of(cfg.seed, "embed", 0), size * width).view(size, width).float()).Q
+    for _ in range(2):
+        Q = torch.linalg.qr(M @ (M.T @ Q)).Q
+    U, S, _ = torch.linalg.svd(Q.T @ M, full_matrices=False)
+    E = F.pad((Q @ U)[:, :rank] * S[:rank].sqrt(), (0, cfg.model_dim - rank))
+    E = run.sum(run.main * E.to(run.device))  # rank 0's, whatever the others' rounding
+    model.embed.mul_(0.1).add_(E, alpha=cfg.tied_embed_init_std / float(E.square().mean().sqrt()))
+
+
+EMBED_INITS: dict[str, Callable] = {"normal": lambda *_: None, "spectral": spectral_embedding}
+
+
 def token_bytes(cfg: Config) -> float:
     """GPU memory of a training token: a visit keeps about 20 D values for the backward pass, as much again with a state
     of TTT-Linear, the head 4 V (bf16 logits, their gradient, slack)."""
@@ -4195,6 +4473,7 @@ def token_bytes(cfg: Config) -> float:
     kept = ((visit.capacity * (1 + (visit.layer in inner) + 0.4 * visit.lanes), visits_of(cfg, visit.layer).memory,
              len(visit.route)) for visit in schedule(cfg, True))  # fmt: skip
     visits = sum(share * memory + 0.1 * routed for share, memory, routed in kept)  # a router keeps the stream as well
+    visits += 0.2 * sum(getattr(cfg, asked) for asked, _ in CARRIES.values()) * len(pass_bounds(cfg, True)[0])
     return 2 * ((10 + 2.5 * cfg.mlp_mult) * cfg.model_dim * visits + 4 * cfg.vocab_size)
 
 
@@ -4300,9 +4579,10 @@ class Trainer:
     def __init__(self, run: Run):
         self.run, self.cfg = run, run.cfg
         self.model = build_model(run.cfg, run)
+        self.stream = TrainStream(run.cfg)
+        EMBED_INITS[run.cfg.embed_init](run, self.model, self.stream)
         self.optimizers = Optimizers(self.model, run)
         self.ema = Ema(self.model, run.cfg)
-        self.stream = TrainStream(run.cfg)
         if run.cfg.train_batch_tokens // run.cfg.train_seq_len < run.world_size:
             raise UserError(
                 f"TRAIN_BATCH_TOKENS={run.cfg.train_batch_tokens} holds fewer sequences than there are ranks"
@@ -4314,8 +4594,9 @@ class Trainer:
     def accumulate(self, rows: Tensor, looping: bool, exact: bool = False, fraction: float = 0.0) -> Tensor:
         """Forward and backward of this rank's sequences [n, T+1]; returns its share of the step's mean loss."""
         total = torch.zeros((), device=rows.device)
+        bonus = entropy_bonus(self.cfg, fraction) / self.cfg.train_batch_tokens
         for part in rows.split(self.micro):
-            loss = self.model(*shifted(part), looping, exact).sum() / self.cfg.train_batch_tokens
+            loss = self.model(*shifted(part), looping, exact, bonus).sum() / self.cfg.train_batch_tokens
             loss.backward()
             total += loss.detach()
         return total
@@ -4367,6 +4648,9 @@ class Trainer:
         """One optimizer step. Returns (loss, gradient norm), on the device."""
         looping = looping_at(self.cfg, fraction, self.step)
         loss = self.accumulate(rows, looping, exact_at(self.cfg, fraction), fraction)
+        add_weight_bits(
+            self.model, self.cfg.use_compression_loss * self.cfg.compression_loss_weight / self.run.world_size
+        )
         norm_ = self.optimizers.step(lr_scale(self.cfg, self.step, fraction), muon_momentum(self.cfg, self.step))
         self.step += 1
         self.ema.update(self.step)
@@ -4589,6 +4873,87 @@ def tapped(model: GPT, hessians: dict[str, Tensor]) -> Iterator[None]:
         model.head_tap = None
         for module in maps.values():
             module.tap = None
+
+
+class KVCache:
+    """Stands in for a layer's attention while text grows: call c is that of visit c mod n at position c div n, whose
+    one query sees the keys and values of all positions up to its own at that visit."""
+
+    def __init__(self, visits: int, length: int):
+        self.visits, self.length, self.calls = visits, length, 0
+        self.kept: Tensor | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None) -> Tensor:
+        """q [B, 1, H, K], k and v [B, 1, G, K] -> [B, 1, H, K]."""
+        if self.kept is None:
+            self.kept = k.new_empty(self.visits, 2, len(k), self.length, *k.shape[2:])
+        position, visit = divmod(self.calls, self.visits)
+        self.calls += 1
+        self.kept[visit, :, :, position] = torch.stack((k[:, 0], v[:, 0]))
+        keys, values = self.kept[visit, :, :, : position + 1].transpose(2, 3)
+        return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, enable_gqa=True).transpose(1, 2)
+
+
+def by_token(cfg: Config) -> bool:
+    """Whether all but attention reads a token and the one before it at most, so that cached keys and values suffice."""
+    wider = (cfg.use_selective_state, cfg.use_resonant_encoding, cfg.linear_layers, cfg.ttt_linear_layers)
+    return not (any(wider) or any(capacities(cfg)) or cfg.deq_layer >= 0)
+
+
+@contextlib.contextmanager
+def growing(model: GPT, length: int, looping: bool) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A function of the text so far, ids [B, t] -> the stream of its last token [B, 1, D]; called for t = 1, 2, ...
+
+    With cached keys and values where ``by_token`` allows it, else by the whole text anew.
+    """
+    cfg, visits = model.cfg, model.schedules[looping, False]
+    rope = rotary_table(length, cfg.rope_dims or cfg.head_dim, cfg.rope_base, cfg.train_seq_len, model.device)
+    own = [block.attn.attend for block in model.blocks]
+
+    def last_of(ids: Tensor) -> Tensor:
+        if not by_token(cfg):
+            return model.hidden(ids, looping)[:, -1:]
+        here = slice(ids.shape[1] - 1, ids.shape[1])
+        values = None if model.values is None else model.parts["values"](model.values, ids[:, -1:], model.dtype)
+        x = model.parts["embed"](model, ids[:, -2:])[:, -1:]
+        return model.walk(x, tuple(table[here] for table in rope), None, values, visits)
+
+    try:
+        with eager(model):
+            for layer, block in enumerate(model.blocks if by_token(cfg) else ()):
+                block.attn.attend = KVCache(sum(visit.layer == layer for visit in visits), length)
+            yield last_of
+    finally:
+        for block, attention in zip(model.blocks, own, strict=True):
+            block.attn.attend = attention
+
+
+@torch.no_grad()
+def self_generated(run: Run, model: GPT, rows: Tensor, looping: bool) -> Tensor:
+    """Texts sampled from the model itself, as many and as long as ``rows``: int32 [n, T+1], each one document.
+
+    No training text is needed at export (challenge PR #1019; PR #1435 claims it and reads training shards). Sampled by
+    counters, the same for every number of ranks. Cost: T passes of one token a text, by cached keys and values; timed.
+    """
+    (count, length), share = rows.shape, run.split(len(rows))
+    chances = np.random.Generator(np.random.Philox(run.cfg.seed)).random((count, length), np.float32)
+    ids = torch.zeros(count, length, dtype=torch.long, device=run.device)
+    for mine in torch.arange(share.start, share.stop).split(1024):
+        text = torch.full((len(mine), 1), BOS, device=run.device)
+        chance = torch.from_numpy(chances[mine.numpy()]).to(run.device)
+        with growing(model, length, looping) as last_of:
+            for position in range(length - 1):
+                logits = model.parts["logits"](last_of(text), model.head_weight(), run.cfg.logit_softcap)[:, 0]
+                logits[:, BOS] = -math.inf
+                sums = torch.softmax(logits, -1).cumsum(-1)
+                picked = torch.searchsorted(sums, chance[:, position : position + 1] * sums[:, -1:])
+                text = torch.cat((text, picked.clamp(max=len(sums[0]) - 1)), 1)
+        ids[mine.to(run.device)] = text
+    return run.sum(ids).int().cpu()
+
+
+# GPTQ_CALIBRATION: (run, model, training rows no step has seen, loop state) -> the rows of the Hessians
+CALIBRATIONS: dict[str, Callable] = {"train": lambda run, model, rows, looping: rows, "self": self_generated}
 
 
 @torch.no_grad()
@@ -5818,6 +6183,48 @@ def probe_routing(run: Run, model: GPT, val: ValStream, looping: bool) -> dict[s
     return dict(tokens=count * length, bpb=bpb, gap=bpb["rule"] - bpb["training"], visits=visits, skipped=tables)
 
 
+@torch.no_grad()
+def probe_exits(run: Run, model: GPT, val: ValStream, looping: bool) -> dict[str, Any]:
+    """What adaptive depth saves on the first windows of the validation text, for result.json: stays (share of tokens
+    in each further pass), seconds of a forward pass of plain operations over all tokens, and of one that computes the
+    MLPs of those who stay alone, and the largest difference of the two."""
+    length = min(run.cfg.eval_seq_len, val.targets)
+    count = max(1, min(run.cfg.val_batch_tokens, val.targets) // length)
+    ids = val.tokens[: count * length].view(count, length).long().to(run.device)
+    live: list[Tensor] = []
+    shares: list[float] = []
+
+    def begin(*args: Any) -> tuple[Tensor, dict]:
+        x, memory = begin_pass(*args)
+        live[:] = [memory["live"][..., 0] > 0.5] if "live" in memory else []
+        shares.extend(float(mask.float().mean()) for mask in live)
+        return x, memory
+
+    def end(*args: Any) -> Tensor:
+        live.clear()
+        return leave(*args)
+
+    def some(x: Tensor, *rest: Any) -> Tensor:
+        if not live:
+            return mlp(x, *rest)
+        out = torch.zeros_like(x)
+        out[live[0]] = mlp(x[live[0]], *rest)
+        return out
+
+    found, streams = {}, []
+    for name, op in {"all": mlp, "staying": some}.items():
+        with eager(model):
+            model.parts, model.ops = PARTS | {"begin_pass": begin, "leave": end}, PLAIN._replace(mlp=op)
+            model.hidden(ids, looping)
+            shares.clear()
+            with stopwatch(run) as seconds:
+                streams.append(model.hidden(ids, looping))
+                found[name] = seconds()
+    apart = float((streams[0].float() - streams[1].float()).abs().max())
+    run.log(f"exits: stay {[round(share, 3) for share in shares]} seconds {found}")
+    return dict(tokens=ids.numel(), stays=list(shares), seconds=found, difference=apart)
+
+
 class Probe(NamedTuple):
     """What a mechanism measures of itself on validation text once the scores are in: its object in result.json."""
 
@@ -5829,6 +6236,7 @@ class Probe(NamedTuple):
 PROBES = (
     Probe("deq", lambda cfg: cfg.deq_layer >= 0, probe_equilibrium),
     Probe("mod", lambda cfg: any(capacities(cfg)), probe_routing),
+    Probe("exits", lambda cfg: cfg.use_adaptive_depth and cfg.loops, probe_exits),
 )
 
 
@@ -6012,6 +6420,10 @@ def calibrate(
     with swapped(model, state):
         if cfg.gptq:
             run.log("GPTQ:collecting Hessians from calibration data...")
+            with stopwatch(run) as seconds:
+                rows = CALIBRATIONS[cfg.gptq_calibration](run, model, rows, looping)
+                result["calibration_text_seconds"] = seconds()
+            run.log(f"GPTQ: calibration text ({cfg.gptq_calibration}) in {result['calibration_text_seconds']:.1f}s")
             with stopwatch(run) as seconds:
                 hessians = collect_hessians(run, model, rows, looping)
                 result["hessian_seconds"] = seconds()

@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 PRESETS = list(tg.PRESETS)
 VOCAB = 320
 
-# Each optional mechanism alone, on top of the record preset.
+# Each optional mechanism on top of the record preset, alone or with its likes (test_mechanisms.py has those alone).
 MECHANISMS = {
     "smear": dict(smear_gate=True),
     "sparse_gate": dict(attn_gate="sparse"),
@@ -55,13 +55,18 @@ MECHANISMS = {
     "equilibrium": dict(deq_layer=1),
     "equilibrium_looped": dict(deq_layer=3, deq_grad="ift"),
     "equilibrium_unrolled": dict(deq_layer=5, deq_grad="unroll", deq_solver="picard"),
-    "lanes": dict(parallel_start_layer=2),
-    "recur_list": dict(recur_layers="1,3,3", pass_controls=True, skip_over="visits"),
-    "passes": dict(num_passes=2, num_layers=4, parallel_start_layer=2, skip_over="visits", skip_kind="add"),
-    "low_rank_k": dict(k_rank=8),
-    "input_table": dict(input_table=True),
-    "linear_attention": dict(linear_layers="1,-1", pack_docs=True),
-    "experts": dict(use_eigenspace_routing=True),
+    "lanes": dict(parallel_start_layer=2, recur_layers="1,3,3", pass_controls=True, skip_over="visits"),
+    "passes": dict(num_passes=2, num_layers=4, skip_over="visits", skip_kind="add", k_rank=8, input_table=True),
+    "linear_experts": dict(linear_layers="1,-1", use_eigenspace_routing=True, pack_docs=True),
+    "carries": dict(
+        use_resonant_encoding=True,
+        use_selective_state=True,
+        use_confidence_conditioning=True,
+        use_gradient_memory=True,
+        use_td_recurrence=True,
+        use_adaptive_depth=True,
+        pack_docs=True,
+    ),
     "routed_passes": dict(mod_layers="1,5@0.25", mod_pass_capacity="1,0.5,0.25", mod_rule="quantile"),
 }
 

@@ -568,7 +568,8 @@ def used_rows(model: tg.GPT, name: str, ids: torch.Tensor, looping: bool) -> lis
     """Rows of a table that is read by token, or by visit, and nothing else; empty for every other parameter."""
     part, alone = name.split(".")[-1], model.cfg.pass_controls and name.endswith(("_scale", "resid_mix"))
     visits = model.get_parameter(name).dim() > 1 + (part == "resid_mix")
-    if not looping and (part in ("basis_scale", "depth", "step_gate") or (alone and visits)):
+    first_only = part in ("basis_scale", "depth", "step_gate") or name.startswith("carries.resonance.")
+    if not looping and (first_only or (alone and visits)):
         return [torch.zeros(1, dtype=torch.long)]  # without the recurrence there is one visit
     if name in ("values.table", "mixers.input.table") or (name == "embed" and model.head is not None):
         return [ids.flatten()]

@@ -154,6 +154,15 @@ class Config:
     ttt_linear_layers: str = knob("model", "", "layers, with commas, whose heads also read a state that gradient steps "
                                   "fit to the text so far (TTT-Linear, inside the model); empty: none")
     ttt_linear_chunk: int = knob("model", 64, "tokens between two steps of that state", lo=1, hi=4096)
+    linear_layers: str = knob("model", "", "layers, with commas, whose attention is linear in the length of the text; "
+                              "empty: none")
+    k_rank: int = knob("model", 0, "rank of the key maps; 0: full", lo=0, hi=4096)
+    use_eigenspace_routing: bool = knob("model", False, "the MLP's hidden units as experts, each weighed by the energy "
+                                        "of its input in the expert's own orthogonal subspace")
+    num_experts: int = knob("model", 4, "experts of USE_EIGENSPACE_ROUTING", lo=2, hi=16)
+    input_table: bool = knob("model", False, "a second table, added to the embedding at the input alone")
+    embed_init: str = knob("model", "normal", "start of the embedding: noise, or the leading singular vectors of the "
+                           "training text's pair counts", choices=("normal", "spectral"))
     smear_gate: bool = knob("model", False, "SmearGate: add a gated copy of the preceding token's embedding")
     bigram_vocab_size: int = knob("model", 0, "BigramHash: buckets of each hash table; 0: none", lo=0, hi=1 << 20)
     bigram_dim: int = knob("model", 112, "width of the BigramHash tables", lo=1)
@@ -167,9 +176,26 @@ class Config:
     skip_kind: str = knob("model", "gated", "U-Net skips from the first half of the layers to the second",
                           choices=("none", "add", "gated"))
     parallel_residual_start: int = knob("model", 5, "attention and MLP in parallel from this layer on; negative: never")
+    skip_over: str = knob("model", "layers", "what the skips mirror: the layers, or all visits of the recurrence",
+                          choices=("layers", "visits"))
+    parallel_start_layer: int = knob("model", 0, "two lanes from this layer on: attention reads one, the MLP the "
+                                     "other, both write to both; 0: never", lo=0)
+    num_passes: int = knob("model", 1, "passes over all layers; above 1 instead of NUM_LOOPS and RECUR_LAYERS", lo=1,
+                           hi=64)
+    recur_layers: str = knob("model", "", "layers, with commas, run once more, in this order, after the last of them; "
+                             "instead of NUM_LOOPS; empty: none")
     num_loops: int = knob("model", 3, "extra passes over layers LOOP_START..LOOP_END; 0: none", lo=0, hi=64)
     loop_start: int = knob("model", 3, "first layer of the repeated segment", lo=0)
     loop_end: int = knob("model", 5, "last layer of the repeated segment", lo=0)
+    pass_controls: bool = knob("model", False, "a repeated layer's scales and mixes are learned for each visit alone")
+    use_selective_state: bool = knob("model", False, "a GRU over passes, of each token, reads the mean of those before")
+    use_td_recurrence: bool = knob("model", False, "each pass starts off by its error in predicting the change")
+    td_alpha: float = knob("model", 0.0, "start of that step", lo=0, hi=1)
+    use_gradient_memory: bool = knob("model", False, "each pass starts off by a running sum of the changes before")
+    use_confidence_conditioning: bool = knob("model", False, "each pass starts off by how little the last one turned "
+                                             "the token")
+    use_resonant_encoding: bool = knob("model", False, "each pass starts with a gain that waves with the position")
+    use_adaptive_depth: bool = knob("model", False, "a learned gate lets tokens leave the recurrence between passes")
     deq_layer: int = knob("model", -1, "layer iterated to its fixed point; those before it are the equilibrium's "
                           "prelude, those after it its coda; -1: none", lo=-1)
     deq_solver: str = knob("model", "anderson", "fixed-point solver, in training and evaluation alike",
@@ -231,6 +257,13 @@ class Config:
     warmdown_frac: float = knob("train", 0.72, "last part of the run, over which the learning rate falls", lo=0, hi=1)
     min_lr: float = knob("train", 0.0, "floor of the learning rate multiplier", lo=0, hi=1)
     enable_looping_at: float = knob("train", 0.35, "fraction of the run at which the recurrence is switched on", lo=0)
+    recur_start_step: int = knob("train", 0, "the same as a step; 0: ENABLE_LOOPING_AT decides", lo=0)
+    exit_penalty: float = knob("train", 0.003, "nats that a pass of a token costs under USE_ADAPTIVE_DEPTH", lo=0)
+    use_thermo_loss: bool = knob("train", False, "reward the entropy of the predictions, less and less")
+    thermo_t_max: float = knob("train", 0.5, "its temperature at the start; 0.05 of it multiplies the entropy", lo=0)
+    thermo_tau: float = knob("train", 0.72, "part of the run in which the temperature falls by e", lo=0.01, hi=100)
+    use_compression_loss: bool = knob("train", False, "penalize the bits that the matrices' weights take")
+    compression_loss_weight: float = knob("train", 0.05, "nats that a bit a weight costs", lo=0)
     mod_causal_at: float = knob("train", 0.8, "fraction of the run from which routed layers choose as in evaluation, "
                                 "by MOD_RULE; before, exactly the best of each sequence", lo=0)
     mod_router_lr: float = knob("train", 0.02, "AdamW's learning rate of the routers", lo=0)
@@ -273,6 +306,8 @@ class Config:
     gptq: bool = knob("quant", True, "GPTQ error feedback; 0: round to nearest")
     gptq_calibration_batches: int = knob("quant", 16, "global batches of GPTQ_BATCH_TOKENS for the Hessians", lo=1)
     gptq_batch_tokens: int = knob("quant", 98304, "training tokens of one calibration batch", lo=2)
+    gptq_calibration: str = knob("quant", "train", "text of the Hessians: training text no step has seen, or the "
+                                 "model's own", choices=("train", "self"))
     percdamp: float = knob("quant", 0.01, "damping of the Hessian, over its mean diagonal", lo=0)
     quant_steps: str = knob("quant", "fisher", "step sizes: equal loss a bit everywhere, in columns only, or SDClip",
                             choices=("fisher", "hessian", "sdclip"))
@@ -307,7 +342,16 @@ class Config:
     @property
     def loops(self) -> bool:
         """Whether the configuration has a recurrent segment at all."""
-        return self.num_loops > 0
+        return bool(self.repeats)
+
+    @property
+    def repeats(self) -> tuple[int, ...]:
+        """Layers that run again while looping, in order, right after the last of them has run."""
+        if self.num_passes > 1:
+            return tuple(range(self.num_layers)) * (self.num_passes - 1)
+        if self.recur_layers:
+            return listed_layers(self, self.recur_layers)
+        return tuple(range(self.loop_start, min(self.loop_end + 1, self.num_layers))) * self.num_loops
 
 
 class Preset(NamedTuple):
@@ -445,6 +489,77 @@ PRESETS: dict[str, Preset] = {
             matrix_bits=8,
         ),
     ),  # fmt: skip
+    "pr1435": Preset(
+        "PR #1435: 11 layers, 4 and 5 run twice from the middle of the run on, bigrams, value embeddings, two lanes. "
+        "Mended: lanes exchange, skips have partners, SmearGate starts closed, GPTQ's steps fill the bytes.",
+        dict(
+            vocab_size=1024,
+            qk_gain_init=5.0,
+            parallel_residual_start=-1,
+            parallel_start_layer=7,
+            recur_layers="4,5",
+            enable_looping_at=0.49,
+            smear_gate=True,
+            bigram_vocab_size=1536,
+            ve_layers="-2,-1",
+            warmdown_frac=0.667,
+            matrix_lr=0.02,
+            muon_wd=0.09,
+            embed_wd=0.09,
+        ),
+    ),  # fmt: skip
+    "pr298": Preset(
+        "PR #298: 3 blocks x 3 passes, width 768, and what it carries from pass to pass. Mended: causal, its parts do "
+        "what they are named for and start as the identity, skips join other passes, true sliding windows.",
+        dict(
+            vocab_size=1024,
+            num_layers=3,
+            num_passes=3,
+            enable_looping_at=0.0,
+            model_dim=768,
+            num_kv_heads=2,
+            mlp_mult=2.0,
+            mlp_slope=0.0,
+            rope_dims=0,
+            rope_base=500000.0,
+            qk_gain_init=1.5,
+            k_rank=32,
+            xsa_last_n=0,
+            ln_scale=False,
+            skip_kind="add",
+            skip_over="visits",
+            parallel_residual_start=-1,
+            pass_controls=True,
+            input_table=True,
+            tied_embed_init_std=0.0036,
+            use_selective_state=True,
+            use_td_recurrence=True,
+            td_alpha=0.1,
+            use_gradient_memory=True,
+            use_confidence_conditioning=True,
+            use_resonant_encoding=True,
+            use_adaptive_depth=True,
+            use_thermo_loss=True,
+            train_batch_tokens=524288,
+            warmdown_frac=0.29,
+            matrix_lr=0.04,
+            lora_a_lr=0.02,
+            lora_b_lr=0.02,
+            scalar_lr=0.04,
+            tied_embed_lr=0.05,
+            muon_wd=0.01,
+            lora_wd=0.01,
+            embed_wd=0.0,
+            adam_wd=0.0,
+            muon_momentum=0.95,
+            muon_momentum_warmup_start=0.85,
+            muon_momentum_warmup_steps=500,
+            muon_row_normalize=False,
+            grad_clip_norm=0.0,
+            ema_decay=0.0,
+            matrix_bits=8,
+        ),
+    ),  # fmt: skip
     "demo": Preset(
         "a small model on text found on this machine; every stage, minutes on a laptop, no GPU, no download",
         dict(
@@ -541,7 +656,7 @@ MODEL_CHECKS: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda c: c.head_dim % 2 == 0, "MODEL_DIM / NUM_HEADS must be even, not {head_dim}"),
     (lambda c: c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim,
      "ROPE_DIMS={rope_dims} must be even and at most the head's {head_dim} dimensions"),
-    (lambda c: not c.loops or c.loop_start <= c.loop_end < c.num_layers,
+    (lambda c: c.recur_layers or c.num_passes > 1 or not c.num_loops or c.loop_start <= c.loop_end < c.num_layers,
      "LOOP_START={loop_start} <= LOOP_END={loop_end} < NUM_LAYERS={num_layers} must hold (or set NUM_LOOPS=0)"),
     (lambda c: c.deq_layer < c.num_layers, "DEQ_LAYER={deq_layer} must be below NUM_LAYERS={num_layers}"),
     (lambda c: c.deq_anderson_window & (c.deq_anderson_window - 1) == 0,
@@ -555,7 +670,10 @@ MODEL_CHECKS: tuple[tuple[Callable[[Config], bool], str], ...] = (
      "positive"),
     *((lambda c, name=name: -1 not in listed_layers(c, getattr(c, name)),
        f"{name.upper()}={{{name}!r}} must be layers below NUM_LAYERS={{num_layers}}, with commas")
-      for name in ("ve_layers", "seed_layers", "ttt_linear_layers")),
+      for name in ("ve_layers", "seed_layers", "ttt_linear_layers", "linear_layers", "recur_layers")),
+    (lambda c: len(listed(c.recur_layers)) <= 256, "RECUR_LAYERS={recur_layers!r} must not name more than 256 layers"),
+    (lambda c: not c.use_eigenspace_routing or int(c.model_dim * c.mlp_mult) % c.num_experts == 0,
+     "MODEL_DIM x MLP_MULT must be a multiple of NUM_EXPERTS={num_experts}"),
     (lambda c: c.eval_stride <= c.eval_seq_len, "EVAL_STRIDE={eval_stride} exceeds EVAL_SEQ_LEN={eval_seq_len}"),
     (lambda c: not c.ttt_enabled or c.ttt_chunk_tokens % c.eval_stride == 0,
      "TTT_CHUNK_TOKENS={ttt_chunk_tokens} must be a multiple of EVAL_STRIDE={eval_stride}"),
@@ -594,7 +712,7 @@ MOD_PLACES: dict[str, Callable[[Config, int], bool]] = {
     "inner": lambda c, layer: 0 < layer < c.num_layers - 1,
     "odd": lambda c, layer: layer % 2 == 1,
     "even": lambda c, layer: layer % 2 == 0,
-    "loop": lambda c, layer: c.loops and c.loop_start <= layer <= c.loop_end,
+    "loop": lambda c, layer: layer in c.repeats,
 }
 
 
@@ -616,7 +734,7 @@ def capacities(cfg: Config) -> list[tuple[float, ...]]:
     passes = [read_share("MOD_PASS_CAPACITY", part) for part in filter(None, cfg.mod_pass_capacity.split(","))]
     rows = []
     for layer, share in enumerate(chosen):
-        count = 1 + cfg.num_loops if MOD_PLACES["loop"](cfg, layer) else 1
+        count = 1 + cfg.repeats.count(layer)
         row = (share,) * count if share else ()
         if passes and MOD_PLACES["loop"](cfg, layer):
             row = tuple(passes[min(turn, len(passes) - 1)] for turn in range(count))
@@ -1626,7 +1744,9 @@ def layer_map(cfg: Config, turns: int, name: str, fan_in: int, fan_out: int, ini
     """A matrix of a layer that runs ``turns`` times, ``name`` = blocks.LAYER.PART.MAP: dense, or as SEED_MAPS says."""
     part, layers = name.split(".")[-1], listed_layers(cfg, cfg.seed_layers)
     if part not in seeded_maps(cfg) or (layers and int(name.split(".")[1]) not in layers):
-        return linear(name, fan_in, fan_out, init)
+        low = part == "k" and cfg.k_rank  # PR #298's W = B A: two factors and no basis
+        how = (Seeding("none", 0, cfg.k_rank, 0.0, 1, False),)
+        return linear(name, fan_in, fan_out, init, *(("seeded", *how) if low else ("dense",)))
     rank = cfg.adapter_rank or getattr(cfg, MAP_RANKS[part])
     how = Seeding(cfg.seed_basis, cfg.basis_seed, rank, cfg.lora_alpha, turns if cfg.seed_per_visit else 1,
                   cfg.seed_scale == "row")  # fmt: skip
@@ -2594,6 +2714,33 @@ def inner_steps(gram: Tensor, rate: Tensor, same: Tensor) -> Tensor:
     return 1 / (sums.mT * same.tril()).amax(-1, keepdim=True).clamp_min(1.0)
 
 
+def in_chunks(x: Tensor, chunk: int) -> Tensor:
+    """[B, T, G, H/G, n] -> fp32 [B, N, G, H/G, C, n], zeros after the end."""
+    return F.pad(x.float(), (0, 0) * 3 + (0, -x.shape[1] % chunk)).unflatten(1, (-1, chunk)).movedim(2, -2)
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, chunk: int = 64) -> Tensor:
+    """y_t = sum_(j <= t) (f(q_t).f(k_j)) v_j / sum_(j <= t) f(q_t).f(k_j), f = elu + 1, j in t's document: q
+    [B, T, H, K], k and v [B, T, G, K] -> [B, T, H, K]. Katharopoulos et al. 2020; LINEAR_LAYERS (PR #298 names it).
+
+    Chunked: a product of [C, C] inside a chunk, a state [K + 1, K] of those before it, fp32; the last row is the
+    denominator's. Cost a token and a head: C K + K^2 instead of T K. Not softmax attention at the start: it has no
+    sharp maximum. Effect on a CPU: docs/experiments.md; not measured on a GPU yet.
+    """
+    time, heads = q.shape[1:3]
+    docs = torch.zeros_like(q[..., 0, 0]) if docs is None else docs
+    docs = in_chunks(docs[:, :, None, None, None], chunk)
+    v = F.pad(v, (0, 1), value=1.0)
+    q, k, v = (in_chunks(x.unflatten(2, (k.shape[2], -1)), chunk) for x in (F.elu(q) + 1, F.elu(k) + 1, v))
+    same, last = docs == docs.mT, docs[..., -1:, :]
+    before = F.pad(last[:, :-1], (0, 0) * 4 + (1, 0))  # the document that the state is of
+    kept = torch.eye(k.shape[-1], device=k.device) * (last == before)
+    W = AffineScan.apply(kept, v.mT @ (k * (docs == last))).mT
+    z = (q @ W) * (docs == before) + ((q @ k.mT) * same.tril()) @ v
+    y = (z[..., :-1] / z[..., -1:].clamp_min(1e-6)).to(q.dtype)
+    return y.movedim(-2, 2).flatten(1, 2)[:, :time].reshape(len(q), time, heads, -1)
+
+
 def ttt_linear(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, docs: Tensor | None, chunk: int) -> Tensor:
     """The chunked dual form of TTTLinear: q [B, T, H, K], k and v [B, T, G, K], rate [B, T, G] -> fp32 [B, T, H, K].
 
@@ -2602,13 +2749,10 @@ def ttt_linear(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, docs: Tensor | Non
     M = s_C sum_j rate_j k_j k_j^T and V = s_C sum_j rate_j v_j k_j^T. At a document's start the state is zero.
     """
 
-    def chunks(x: Tensor) -> Tensor:
-        """[B, T, G, H/G, n] -> fp32 [B, N, G, H/G, C, n], zeros after the end."""
-        return F.pad(x.float(), (0, 0) * 3 + (0, -time % chunk)).unflatten(1, (-1, chunk)).movedim(2, -2)
-
     time, heads = q.shape[1:3]
-    docs = chunks(torch.zeros_like(q[:, :, :1, None, :1]) if docs is None else docs[:, :, None, None, None])
-    q, k, v, rate = (chunks(x.unflatten(2, (k.shape[2], -1))) for x in (q, k, v, rate[..., None]))
+    docs = torch.zeros_like(q[..., 0, 0]) if docs is None else docs
+    docs = in_chunks(docs[:, :, None, None, None], chunk)
+    q, k, v, rate = (in_chunks(x.unflatten(2, (k.shape[2], -1)), chunk) for x in (q, k, v, rate[..., None]))
     same, gram, last = docs == docs.mT, k @ k.mT, docs[..., -1:, :]
     before = F.pad(last[:, :-1], (0, 0) * 4 + (1, 0))  # the document that the state is of
     step = inner_steps(gram, rate, same)
@@ -2653,6 +2797,7 @@ class Attention(nn.Module):
         super().__init__()
         width, kv = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
         self.head_dim, self.backend = cfg.head_dim, backend
+        self.attend = linear_attention if layer.linear else functools.partial(attend, backend=backend)
         self.q = layer_map(cfg, layer.turns, f"{name}.q", width, width)
         self.k = layer_map(cfg, layer.turns, f"{name}.k", width, kv)
         self.v = layer_map(cfg, layer.turns, f"{name}.v", width, kv)
@@ -2668,7 +2813,7 @@ class Attention(nn.Module):
         if self.value_mix is not None:
             qkv = qkv + F.pad((self.value_mix * values).to(qkv.dtype), (qkv.shape[-1] - values.shape[-1], 0))
         q, k, v, own = ops.qk_rope(qkv, self.q_gain, *rope, self.head_dim)
-        y = attend(q, k, v, docs, self.backend)
+        y = self.attend(q, k, v, docs)
         for stage in self.stages:
             y = stage(y, Heads(q, k, own, x, docs), ops)
         return self.proj(y.flatten(2), scale_out[:, None])
@@ -2695,6 +2840,43 @@ class MLP(nn.Module):
         return ops.mlp(x, up, down, self.slope, self.down.tap)
 
 
+def orthonormal(A: Tensor, steps: int = 12) -> Tensor:
+    """The nearest matrix with orthonormal rows to A [r, c], r <= c: Newton-Schulz from A over its Frobenius norm."""
+    X = A / A.norm().clamp_min(1e-12)
+    for _ in range(steps):
+        X = 1.5 * X - 0.5 * (X @ X.mT) @ X
+    return X
+
+
+class ExpertMLP(MLP):
+    """The MLP's hidden units in E equal groups, experts, group e's activation times w_e (USE_EIGENSPACE_ROUTING).
+
+    w = E softmax(s_e |Q_e x|^2 / (4 / E)): Q_e are four of 4 E learned directions, made orthonormal in every forward
+    pass, x [..., D] the unit-mean-square input over sqrt(D). PR #298 means it and never runs it; there the bases are
+    not orthogonal and every expert is a whole MLP. Starts as the plain MLP, s = 0. Added: 4 E D weights a layer, and
+    plain operations instead of the fused ones. Effect on a CPU: docs/experiments.md; not measured on a GPU yet.
+    """
+
+    def __init__(self, cfg: Config, name: str, turns: int = 1):
+        super().__init__(cfg, name, turns)
+        self.experts = cfg.num_experts
+        self.basis = linear(f"{name}.basis", cfg.model_dim, min(4 * self.experts, cfg.model_dim))
+        self.route_scale = nn.Parameter(torch.zeros(self.experts))
+
+    def forward(self, x: Tensor, scale_in: Tensor, scale_out: Tensor, ops: Ops) -> Tensor:
+        self.up.see(x)
+        self.basis.see(x)
+        up, down = self.up.matrix(x.dtype, scale_in), self.down.matrix(x.dtype, scale_out[:, None])
+        share = F.linear(norm(x).float(), orthonormal(self.basis.matrix(torch.float32))).square()
+        energy = share.unflatten(-1, (self.experts, -1)).sum(-1) * (self.experts / share.shape[-1])
+        weight = self.experts * torch.softmax(self.route_scale * energy, -1)
+        act = F.leaky_relu(F.linear(x, up), self.slope).square().unflatten(-1, (self.experts, -1))
+        act = (act * weight[..., None]).to(x.dtype).flatten(-2)
+        if self.down.tap is not None:
+            self.down.tap(act)
+        return F.linear(act, down)
+
+
 class LayerSpec(NamedTuple):
     """One row of the layer table: what is particular to a physical layer."""
 
@@ -2706,6 +2888,8 @@ class LayerSpec(NamedTuple):
     capacity: tuple[float, ...]  # share of tokens that each pass takes; (): no router, all of them
     turns: int  # visits of a forward pass, at most
     rho: float  # the constant of RESIDUAL_KIND
+    linear: bool  # whether its attention is linear
+    lanes: bool  # whether it knows two lanes
 
 
 def layer_table(cfg: Config) -> list[LayerSpec]:
@@ -2713,13 +2897,13 @@ def layer_table(cfg: Config) -> list[LayerSpec]:
     rows, visits = [], len(virtual_order(cfg, True))
     for layer, capacity in enumerate(capacities(cfg)):
         parallel = "parallel" if 0 <= cfg.parallel_residual_start <= layer else "sequential"
-        turns = 1 + cfg.num_loops if MOD_PLACES["loop"](cfg, layer) else 1
+        turns = 1 + cfg.repeats.count(layer)
         stages = [
             ("ttt_linear", layer in listed_layers(cfg, cfg.ttt_linear_layers)),
             ("xsa", layer >= cfg.num_layers - cfg.xsa_last_n),
             (cfg.attn_gate, cfg.attn_gate != "none"),
         ]
-        told = turns > 1 and (cfg.depth_embed or cfg.step_gates)
+        told = turns > 1 and (cfg.depth_embed or cfg.step_gates or cfg.pass_controls)
         kinds = dict(equilibrium=layer == cfg.deq_layer, routed=capacity, universal=told, plain=True)
         rows.append(
             LayerSpec(
@@ -2731,6 +2915,8 @@ def layer_table(cfg: Config) -> list[LayerSpec]:
                 capacity=capacity,
                 turns=turns,
                 rho=1.0 if cfg.residual_kind == "plain" else cfg.residual_scale or visits**-0.5,
+                linear=layer in listed_layers(cfg, cfg.linear_layers),
+                lanes=0 < cfg.parallel_start_layer <= layer and not capacity and layer != cfg.deq_layer,
             )
         )
     return rows
@@ -2746,11 +2932,13 @@ class Block(nn.Module):
     def __init__(self, cfg: Config, layer: LayerSpec, name: str, backend: str):
         super().__init__()
         self.attn = Attention(cfg, layer, f"{name}.attn", backend)
-        self.mlp = MLP(cfg, f"{name}.mlp", layer.turns)
+        self.mlp = (ExpertMLP if cfg.use_eigenspace_routing else MLP)(cfg, f"{name}.mlp", layer.turns)
         self.attn_scale = nn.Parameter(torch.full((cfg.model_dim,), cfg.branch_scale_init))
         self.mlp_scale = nn.Parameter(torch.full((cfg.model_dim,), cfg.branch_scale_init))
         mix = torch.stack([torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim)])
         self.resid_mix = nn.Parameter(mix) if cfg.resid_mix else None
+        self.lane_read = nn.Parameter(torch.eye(2)) if layer.lanes else None
+        self.lane_write = nn.Parameter(torch.ones(2, 2)) if layer.lanes else None
         self.residual, self.rho = layer.residual, layer.rho
         self.shrink = layer.rho if layer.residual == "contraction" else 1.0
         self.register_buffer("scale", torch.tensor(layer.scale), persistent=False)
@@ -2765,17 +2953,27 @@ class Block(nn.Module):
 
     def scales(self) -> tuple[Tensor, Tensor]:
         """What multiplies attention's and the MLP's part of the branch: [D], [D]."""
-        return self.attn_scale * self.rho, self.mlp_scale * self.rho
+        return self.at_turn(self.attn_scale) * self.rho, self.at_turn(self.mlp_scale) * self.rho
+
+    def at_turn(self, control: Tensor) -> Tensor:
+        """A learned vector as this visit has it."""
+        return control
+
+    def mixed(self, x: Tensor, x0: Tensor, ops: Ops) -> tuple[Tensor, Tensor]:
+        """Stream and embedding mixed, and the norm of it: [B, T, D] each, or two lanes of them."""
+        if self.resid_mix is None:
+            return x, norm(x)
+        return (mix_norm if x.dim() == 4 else ops.mix_norm)(x, x0, *self.at_turn(self.resid_mix))
 
     def forward(
         self, x: Tensor, x0: Tensor, rope, docs: Tensor | None, ops: Ops, values: Tensor | None = None
     ) -> Tensor:
-        """x, x0 [B, T, D], values [B, T, G K] -> [B, T, D]."""
-        u, n = (x, norm(x)) if self.resid_mix is None else ops.mix_norm(x, x0, *self.resid_mix)
+        """x [B, T, D] or two lanes [2, B, T, D], x0 [B, T, D], values [B, T, G K] -> as x."""
+        u, n = self.mixed(x, x0, ops)
         attention = functools.partial(
             self.attn, rope=rope, docs=docs, scale_in=self.scale, scale_out=self.scales()[0], ops=ops, values=values
         )
-        return RESIDUALS[self.residual](self, u, n, attention, ops)
+        return (RESIDUALS[self.residual] if x.dim() == 3 else two_lanes)(self, u, n, attention, ops)
 
     def visit(self, parts: Mapping[str, Callable], x: Tensor, x0: Tensor, *context: Any) -> Tensor:
         """One visit of the schedule, by the compiled parts; what another kind of block does differently."""
@@ -2799,6 +2997,36 @@ def contraction(block: Block, u: Tensor, n: Tensor, attention: Callable[[Tensor]
     return parallel(block, (block.shrink * u).to(u.dtype), n, attention, ops)
 
 
+def lane_sum(weights: Tensor, lanes: Tensor) -> Tensor:
+    """The lanes added up by learned numbers: [2], [2, B, T, D] -> [B, T, D]."""
+    return (weights[:, None, None, None] * lanes).sum(0).to(lanes.dtype)
+
+
+def two_lanes(block: Block, u: Tensor, n: Tensor, attention: Callable[[Tensor], Tensor], ops: Ops) -> Tensor:
+    """Lanes u [2, B, T, D]: u_l += W_al attention(norm(sum_l R_al u_l)), then u_l += W_ml mlp(norm(sum_l R_ml u_l)).
+
+    Challenge PR #1204 (-0.0022 bpb there); in #1435 each branch wrote to its own lane alone, so that the last MLPs
+    never saw the last attentions. R starts as the identity and W as ones, so both lanes start as the plain stream.
+    Added: 8 numbers a layer, a second stream to read and write. PARALLEL_RESIDUAL_START: both read before both write.
+    """
+    u = (block.shrink * u).to(u.dtype)
+    write = block.lane_write[:, :, None, None, None]
+    h = (u + write[0] * attention(norm(lane_sum(block.lane_read[0], u)))).to(u.dtype)
+    n = norm(lane_sum(block.lane_read[1], h if block.residual == "sequential" else u))
+    return (h + write[1] * block.mlp(n, block.scale, block.scales()[1], ops)).to(u.dtype)
+
+
+class LaneMerge(nn.Module):
+    """The stream after the last lanes: m . (u_0, u_1), m starts at (1/2, 1/2). [2, B, T, D] -> [B, T, D]."""
+
+    def __init__(self):
+        super().__init__()
+        self.lane_merge = nn.Parameter(torch.full((2,), 0.5))
+
+    def forward(self, lanes: Tensor) -> Tensor:
+        return lane_sum(self.lane_merge, lanes)
+
+
 RESIDUALS = {"sequential": sequential, "parallel": parallel, "delta": parallel, "contraction": contraction}
 
 
@@ -2807,6 +3035,8 @@ class Universal(Block):
 
     DEPTH_EMBED: D_k [turns, D] joins the stream before visit k. STEP_GATES: 1 + tanh(G_k) multiplies what attention
     and MLP add, G [turns, 2, D]. Both start at zero: the identity. Cost: 3 D fp16 numbers a visit.
+    PASS_CONTROLS (PR #298): attn_scale, mlp_scale [turns, D] and resid_mix [turns, 2, D] of each visit alone, which all
+    start as the layer's would: 4 D more numbers a further visit.
     """
 
     def __init__(self, cfg: Config, layer: LayerSpec, name: str, backend: str):
@@ -2814,6 +3044,13 @@ class Universal(Block):
         depth, gates = (wanted and layer.turns > 1 for wanted in (cfg.depth_embed, cfg.step_gates))
         self.depth = nn.Parameter(torch.zeros(layer.turns, cfg.model_dim)) if depth else None
         self.step_gate = nn.Parameter(torch.zeros(layer.turns, 2, cfg.model_dim)) if gates else None
+        self.alone = cfg.pass_controls and layer.turns > 1
+        for name in ("attn_scale", "mlp_scale", "resid_mix") if self.alone else ():
+            if (start := getattr(self, name)) is not None:
+                setattr(self, name, nn.Parameter(start.detach().repeat(layer.turns, *[1] * start.dim())))
+
+    def at_turn(self, control: Tensor) -> Tensor:
+        return control.index_select(0, self.turn)[0] if self.alone else control
 
     def scales(self) -> tuple[Tensor, Tensor]:
         attention, feed = super().scales()
@@ -2831,6 +3068,18 @@ class Universal(Block):
     ) -> Tensor:
         """x, x0 [B, T, D], values [B, T, G K] -> [B, T, D]."""
         return super().forward(self.entered(x), x0, rope, docs, ops, values)
+
+
+class InputTable(nn.Module):
+    """e_t + F[id_t], F [V, D] a table of the input alone (PR #298 calls it value embeddings): it partly unties a tied
+    head. Starts as the identity, F = 0. Added: V D weights at EMBED_BITS."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(cfg.vocab_size, cfg.model_dim))
+
+    def forward(self, e: Tensor, ids: Tensor) -> Tensor:
+        return e + F.embedding(ids, self.table).to(e.dtype)
 
 
 class SmearGate(nn.Module):
@@ -2887,6 +3136,7 @@ class Mixer(NamedTuple):
 
 # applied in this order
 MIXERS = {
+    "input": Mixer(lambda cfg: cfg.input_table, InputTable),
     "bigram": Mixer(lambda cfg: cfg.bigram_vocab_size > 0, BigramHash),
     "smear": Mixer(lambda cfg: cfg.smear_gate, SmearGate),
 }
@@ -2957,6 +3207,10 @@ class Visit(NamedTuple):
     keep: bool  # whether a later visit wants this one's output
     turn: int  # how often the layer has run before in this pass
     route: tuple[Route, ...] = ()  # what a routed block is told beyond what every block is
+    place: int = 0  # what skips know it by: its layer, or with SKIP_OVER=visits its position in the looped order
+    begins: int = -1  # number of the pass over the repeated layers that begins before it; -1: none
+    ends: bool = False  # whether such a pass ends with it
+    lanes: bool = False  # whether the stream has two lanes
 
     @property
     def capacity(self) -> float:
@@ -2965,36 +3219,59 @@ class Visit(NamedTuple):
 
 
 def virtual_order(cfg: Config, looping: bool) -> list[int]:
-    """Physical layer of every visit: the segment LOOP_START..LOOP_END runs 1 + NUM_LOOPS times while looping."""
-    layers = list(range(cfg.num_layers))
-    if not (looping and cfg.loops):
-        return layers
-    segment = layers[cfg.loop_start : cfg.loop_end + 1]
-    return layers[: cfg.loop_start] + segment * (1 + cfg.num_loops) + layers[cfg.loop_end + 1 :]
+    """Physical layer of every visit: while looping ``cfg.repeats`` run again after the last of them."""
+    layers, again = list(range(cfg.num_layers)), list(cfg.repeats if looping else ())
+    last = max(again, default=-1) + 1
+    return layers[:last] + again + layers[last:]
+
+
+def pass_bounds(cfg: Config, looping: bool) -> tuple[list[int], list[int]]:
+    """First and last position of every pass over the repeated layers in the virtual order; without any the whole
+    order is one pass. A pass goes from lower to higher layers."""
+    order, again = virtual_order(cfg, looping), cfg.repeats if looping else ()
+    last = max(cfg.repeats, default=cfg.num_layers - 1)
+    further = [at for at in range(last + 1, last + 1 + len(again)) if order[at] <= order[at - 1]]
+    return [min(cfg.repeats, default=0), *further], [*(at - 1 for at in further), last + len(again)]
 
 
 def skip_pairs(cfg: Config) -> dict[int, int]:
     """Destination -> source of the U-Net skips, by physical layer: switching the recurrence on keeps every pair.
 
     The k-th layer of the second half takes the output of the k-th last of the first. The innermost pair would mix
-    the stream with itself and is left out.
+    the stream with itself and is left out. SKIP_OVER=visits: the same of the looped order's visits, by position; in
+    PR #298's three layers the only pair of layers was the stream with itself.
     """
     if cfg.skip_kind == "none":
         return {}
-    half = cfg.num_layers // 2
+    half = (cfg.num_layers if cfg.skip_over == "layers" else len(virtual_order(cfg, True))) // 2
     return {half + k: half - 1 - k for k in range(1, half)}
 
 
+def skip_places(cfg: Config, order: list[int]) -> list[int]:
+    """What the pairs of ``skip_pairs`` know each visit by."""
+    if cfg.skip_over == "layers":
+        return order
+    whole = virtual_order(cfg, True)
+    found = {layer: [at for at, other in enumerate(whole) if other == layer] for layer in order}
+    return [found[layer][order[:position].count(layer)] for position, layer in enumerate(order)]
+
+
 def schedule(cfg: Config, looping: bool, exact: bool = False) -> tuple[Visit, ...]:
-    """The visits of a forward pass. A skip leaves its source's last visit and joins its destination's last visit."""
-    order, pairs, shares = virtual_order(cfg, looping), skip_pairs(cfg), capacities(cfg)
-    last = {layer: position for position, layer in enumerate(order)}
+    """The visits of a forward pass. A skip joins its destination's last visit, from its source's last one before."""
+    order, shares, first = virtual_order(cfg, looping), capacities(cfg), cfg.parallel_start_layer
+    places, (begins, ends) = skip_places(cfg, order), pass_bounds(cfg, looping)
+    last = {place: position for position, place in enumerate(places)}
+    pairs = {last[place]: source for place, source in skip_pairs(cfg).items() if {place, source} <= set(last)}
+    kept = {max(at for at, place in enumerate(places[:to]) if place == source) for to, source in pairs.items()}
     visits = []
-    for position, layer in enumerate(order):
-        final, turn, several = last[layer] == position, order[:position].count(layer), order.count(layer) > 1
-        source = pairs.get(layer) if final else None
+    for position, (layer, place) in enumerate(zip(order, places, strict=True)):
+        turn, several = order[:position].count(layer), order.count(layer) > 1
         route = tuple(Route(turn if several else None, share, exact) for share in shares[layer][turn : turn + 1])
-        visits.append(Visit(layer, source, final and layer in pairs.values(), turn, route))
+        number = begins.index(position) if position in begins else -1
+        lanes = first > 0 and min(order[position:]) >= first  # they stay open to the end
+        visits.append(
+            Visit(layer, pairs.get(position), position in kept, turn, route, place, number, position in ends, lanes)
+        )
     return tuple(visits)
 
 
@@ -3432,6 +3709,210 @@ class Routed(Universal):
         return parts["routed"](self, x, x0, chosen, rope, docs, ops, values)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Carries: what passes over the repeated layers tell the next one (PR #298, rebuilt; each alone on a CPU, none of them
+# above the noise: docs/experiments.md; not measured on a GPU yet)
+# ----------------------------------------------------------------------------------------------------------------------
+
+CARRY_RANK, TD_DISCOUNT, TD_WEIGHT = 16, 0.9, 1e-3
+
+
+class Carry(nn.Module):
+    """A change of the stream x [..., T, D] where a pass begins; ``turn``, int64 [1], is its number less ``first``.
+
+    memory: "start", the stream when the pass before began, "change" of it since (zero before pass 0), and what carries
+    keep. Returns x and the memory for the next pass. All are causal, cost little beside a layer, and start as the
+    identity but for what their docstrings say; learned vectors are rows of a pass.
+    """
+
+    first = 1  # the first pass whose beginning it changes
+
+    def __init__(self, cfg: Config, passes: int):
+        super().__init__()
+        self.passes, self.width = passes - self.first, cfg.model_dim
+
+    def rows(self, start: float = 0.0) -> nn.Parameter:
+        return nn.Parameter(torch.full((self.passes, self.width), start))
+
+    def forward(self, x: Tensor, memory: dict[str, Tensor], turn: Tensor, docs: Tensor | None) -> tuple:
+        raise NotImplementedError
+
+
+def document_start(x: Tensor, docs: Tensor | None) -> tuple[Tensor, Tensor]:
+    """For x [..., T, D] each token's position, int64 [T], and that of its document's first token, [T] or [B, T]."""
+    index = torch.arange(x.shape[-2], device=x.device)
+    if docs is None:
+        return index, torch.zeros_like(index)
+    new = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0), value=True)
+    return index, torch.where(new, index, 0).cummax(-1).values
+
+
+def mean_before(x: Tensor, docs: Tensor | None) -> Tensor:
+    """Mean over the earlier tokens of a token's document, zero for its first: [..., T, R] -> fp32 [..., T, R].
+
+    A prefix sum shifted by one, less its value at the document's start: a parallel scan.
+    """
+    sums = F.pad(x.float().cumsum(-2), (0, 0, 1, -1))
+    index, start = document_start(x, docs)
+    sums = sums - sums.gather(-2, start[..., None].expand_as(sums))
+    return sums / (index - start).clamp_min(1)[..., None]
+
+
+def at(rows: Tensor, turn: Tensor) -> Tensor:
+    """The row of a pass: [passes, D], int64 [1] -> [D]."""
+    return rows.index_select(0, turn)[0]
+
+
+class Resonance(Carry):
+    """x (1 + r_p cos(t f_p)), t the position in the document, in fp32: r [passes, 1] starts at 0, f [passes, D] as
+    N(0, 0.01^2). PR #298 has it in bf16, where positions beyond 256 run together. Pass 0 has it too."""
+
+    first = 0
+
+    def __init__(self, cfg: Config, passes: int):
+        super().__init__(cfg, passes)
+        self.carry_size = nn.Parameter(torch.zeros(self.passes, 1))
+        self.carry_pitch = nn.Parameter(0.01 * torch.randn(self.passes, self.width))
+
+    def forward(self, x: Tensor, memory: dict[str, Tensor], turn: Tensor, docs: Tensor | None) -> tuple:
+        index, start = document_start(x, docs)
+        wave = torch.cos((index - start).float()[..., None] * at(self.carry_pitch, turn))
+        return (x * (1 + at(self.carry_size, turn) * wave)).to(x.dtype), memory
+
+
+class StateCarry(Carry):
+    """x + U s: s [..., T, 16] a GRU's state that goes on from pass to pass, read from the mean m of the tokens before.
+
+    d = A norm(x), m = mean_before(d); z, r = sigmoid(G (m, s)), h = tanh(C (m, r s)), s <- (1 - z) s + z h; the first
+    s is m. PR #298 takes the mean over the whole sequence, the future included, and keeps no state. U starts at zero.
+    """
+
+    def __init__(self, cfg: Config, passes: int):
+        super().__init__(cfg, passes)
+        rank = CARRY_RANK
+        self.down = linear("carries.state.down", self.width, rank)
+        self.gates = linear("carries.state.gates", 2 * rank, 2 * rank)
+        self.candidate = linear("carries.state.candidate", 2 * rank, rank)
+        self.up = linear("carries.state.up", rank, self.width, init="zero")
+
+    def forward(self, x: Tensor, memory: dict[str, Tensor], turn: Tensor, docs: Tensor | None) -> tuple:
+        m = mean_before(self.down(norm(x)), docs)
+        s = memory.get("state", m)
+        z, r = torch.sigmoid(self.gates(torch.cat((m, s), -1))).chunk(2, -1)
+        h = torch.tanh(self.candidate(torch.cat((m, r * s), -1)))
+        s = s + z * (h - s)
+        return (x + self.up(s)).to(x.dtype), memory | {"state": s}
+
+
+class Confidence(Carry):
+    """x + c k_p, c = cos(x, its value when the last pass began): how settled the token is. k [passes, D] starts at 0.
+    PR #298's c is the output of its exit gate, which is all but constant there."""
+
+    def __init__(self, cfg: Config, passes: int):
+        super().__init__(cfg, passes)
+        self.carry_note = self.rows()
+
+    def forward(self, x: Tensor, memory: dict[str, Tensor], turn: Tensor, docs: Tensor | None) -> tuple:
+        start = memory["start"].float()
+        c = F.cosine_similarity(start + memory["change"], start, dim=-1)[..., None]
+        return (x + c * at(self.carry_note, turn)).to(x.dtype), memory
+
+
+class GradientMemory(Carry):
+    """x + g_p v, v <- sigmoid(b) v + change: momentum over passes, if a pass is a step of descent (heavy ball; Polyak
+    1964). g [passes, D] and b [D] start at 0. PR #298 adds |change| instead, which has no direction."""
+
+    def __init__(self, cfg: Config, passes: int):
+        super().__init__(cfg, passes)
+        self.carry_size = self.rows()
+        self.carry_keep = nn.Parameter(torch.zeros(self.width)) if self.passes > 1 else None
+
+    def forward(self, x: Tensor, memory: dict[str, Tensor], turn: Tensor, docs: Tensor | None) -> tuple:
+        v = memory["change"]
+        if "velocity" in memory:
+            v = v + torch.sigmoid(self.carry_keep) * memory["velocity"]
+        return (x + at(self.carry_size, turn) * v).to(x.dtype), memory | {"velocity": v}
+
+
+class TDCarry(Carry):
+    """x + a_p e, e = change + 0.9 V(now) - V(start): the error of V = U A norm(x), rank 16, which predicts the sum
+    of the changes to come, as temporal-difference learning does (Sutton 1988).
+
+    Loss: 0.001 times the mean over D of e^2 with the target, change + 0.9 V(now), held fixed. a [passes, D] starts at
+    TD_ALPHA, U at zero, so a fresh stack, which changes nothing, starts as the identity. PR #298 has neither error nor
+    target: it scales the stream by 0.475.
+    """
+
+    def __init__(self, cfg: Config, passes: int):
+        super().__init__(cfg, passes)
+        self.down = linear("carries.td.down", self.width, CARRY_RANK)
+        self.up = linear("carries.td.up", CARRY_RANK, self.width, init="zero")
+        self.carry_step = self.rows(cfg.td_alpha)
+        self.weight = TD_WEIGHT / self.width / cfg.train_batch_tokens
+
+    def forward(self, x: Tensor, memory: dict[str, Tensor], turn: Tensor, docs: Tensor | None) -> tuple:
+        start, change = memory["start"], memory["change"]
+        before, now = (self.up(self.down(norm(one))).float() for one in (start, (start + change).to(x.dtype)))
+        error = change + TD_DISCOUNT * now - before
+        loss = ((error + before).detach() - before).square().sum()
+        return AddPenalty.apply((x + at(self.carry_step, turn) * error).to(x.dtype), self.weight * loss), memory
+
+
+class ExitGate(Carry):
+    """A token stays with probability prod_p (1 - sigmoid(w_p.norm(x) + b_p)); below 1/2 it leaves for good: no later
+    pass changes it (``leave``), though others still read its keys and values.
+
+    The choice is hard in training and evaluation alike, its gradient that of the probability (straight-through), and
+    EXIT_PENALTY is what a pass costs a token that stays (ACT's ponder cost, Graves 2016). Starts at b = -2: all stay.
+    PR #298's gate multiplies by g + (1 - g). What it saves is the MLP of those who left; ``probe_exits`` measures it.
+    """
+
+    def __init__(self, cfg: Config, passes: int):
+        super().__init__(cfg, passes)
+        self.carry_gate = self.rows()
+        self.carry_bias = nn.Parameter(torch.full((self.passes, 1), -2.0))
+        self.weight = cfg.exit_penalty / cfg.train_batch_tokens
+
+    def forward(self, x: Tensor, memory: dict[str, Tensor], turn: Tensor, docs: Tensor | None) -> tuple:
+        score = (norm(x.float()) * at(self.carry_gate, turn)).sum(-1, keepdim=True) / self.width**0.5
+        stays = torch.sigmoid(-score - at(self.carry_bias, turn)) * memory.get("stays", 1.0)
+        live = (stays > 0.5).float() + (stays - stays.detach())
+        return AddPenalty.apply(x, self.weight * stays.sum()), memory | {"stays": stays, "live": live}
+
+
+def leave(x: Tensor, start: Tensor, live: Tensor) -> Tensor:
+    """The end of a pass: tokens that had left are as they were when it began. [..., T, D], live [..., T, 1]."""
+    return (start + live * (x.float() - start)).to(x.dtype)
+
+
+def begin_pass(
+    carries: tuple[Carry, ...], x: Tensor, memory: dict[str, Tensor], turn: Tensor, docs: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """All carries where a pass begins. The memory's "start" becomes the stream as they leave it."""
+    memory = memory | {"change": x.float() - memory["start"]} if "start" in memory else memory
+    for carry in carries:
+        x, memory = carry(x, memory, turn - carry.first, docs)
+    return x, memory | {"start": x}
+
+
+# The knob that asks for each, in the order of their changes.
+CARRIES: dict[str, tuple[str, type[Carry]]] = {
+    "resonance": ("use_resonant_encoding", Resonance),
+    "state": ("use_selective_state", StateCarry),
+    "confidence": ("use_confidence_conditioning", Confidence),
+    "memory": ("use_gradient_memory", GradientMemory),
+    "td": ("use_td_recurrence", TDCarry),
+    "exit": ("use_adaptive_depth", ExitGate),
+}
+
+
+def carry_modules(cfg: Config) -> dict[str, Carry]:
+    """Those that the configuration asks for and that some pass begins with: of one pass nothing is carried on."""
+    passes = len(pass_bounds(cfg, True)[0])
+    wanted = {name: make for name, (asked, make) in CARRIES.items() if getattr(cfg, asked)}
+    return {name: make(cfg, passes) for name, make in wanted.items() if passes > make.first}
+
+
 BLOCKS: dict[str, type[Block]] = {
     "plain": Block, "universal": Universal, "equilibrium": Equilibrium, "routed": Routed,
 }  # fmt: skip
@@ -3513,6 +3994,9 @@ class GPT(nn.Module):
         layers = enumerate(layer_table(cfg))
         self.blocks = nn.ModuleList(BLOCKS[layer.kind](cfg, layer, f"blocks.{i}", backend) for i, layer in layers)
         self.skips = nn.ModuleDict({f"{s}_{d}": SKIPS[cfg.skip_kind](cfg) for d, s in skip_pairs(cfg).items()})
+        self.carries = nn.ModuleDict(carry_modules(cfg))
+        self.register_buffer("turns", torch.arange(len(pass_bounds(cfg, True)[0]))[:, None], persistent=False)
+        self.lanes = LaneMerge() if schedule(cfg, True)[-1].lanes else None
         states = ((looping, exact) for looping in (False, True) for exact in (False, True))
         self.schedules = {state: schedule(cfg, *state) for state in states}
         self.head_tap: Callable[[Tensor], None] | None = None
@@ -3533,24 +4017,40 @@ class GPT(nn.Module):
         cfg, length = self.cfg, ids.shape[1]
         rope = rotary_table(length, cfg.rope_dims or cfg.head_dim, cfg.rope_base, cfg.train_seq_len, ids.device)
         docs = (ids == BOS).cumsum(1) if cfg.pack_docs else None
-        x = x0 = self.parts["embed"](self, ids)
         values = None if self.values is None else self.parts["values"](self.values, ids, self.dtype)
-        kept: dict[int, Tensor] = {}
-        visits = self.schedules[looping, exact]
+        return self.walk(self.parts["embed"](self, ids), rope, docs, values, self.schedules[looping, exact])
+
+    def walk(self, x: Tensor, rope, docs: Tensor | None, values: Tensor | None, visits: tuple[Visit, ...]) -> Tensor:
+        """The embedded tokens x [B, T, D] through the schedule -> [B, T, D]."""
+        x0, kept, memory = x, {}, {}
         readers = FanOut.apply(x0, len(visits), self.parts["add_up"]) if wants_grad(x0) else (x0,) * len(visits)
         for visit, x0 in zip(visits, readers, strict=True):
+            if self.carries and visit.begins >= 0:
+                called = tuple(carry for carry in self.carries.values() if carry.first <= visit.begins)
+                x, memory = self.parts["begin_pass"](called, x, memory, self.turns[visit.begins], docs)
+            if visit.lanes and x.dim() == 3:
+                x = torch.stack((x, x))
             if visit.skip_from is not None:
-                x = self.parts["skip"](self.skips[f"{visit.skip_from}_{visit.layer}"], x, kept.pop(visit.skip_from))
+                x = self.parts["skip"](self.skips[f"{visit.skip_from}_{visit.place}"], x, kept.pop(visit.skip_from))
             block = self.blocks[visit.layer]
             block.turn_to(visit.turn)
-            x = block.visit(self.parts, x, x0, rope, docs, self.ops, values, *visit.route)
+            if x.dim() == 3 or block.lane_read is not None:
+                x = block.visit(self.parts, x, x0, rope, docs, self.ops, values, *visit.route)
+            else:  # a layer that knows one lane sees their mean, and both take what it changed
+                mean = x.mean(0)
+                x = x + (block.visit(self.parts, mean, x0, rope, docs, self.ops, values, *visit.route) - mean)
+            if visit.ends and "live" in memory:
+                x = self.parts["leave"](x, memory["start"], memory["live"])
             if visit.keep:
-                kept[visit.layer] = x
-        return x
+                kept[visit.place] = x
+        return x if x.dim() == 3 else self.parts["merge"](self.lanes, x)
 
-    def forward(self, ids: Tensor, targets: Tensor, looping: bool, exact: bool = False) -> Tensor:
-        """Nats of every target: ids, targets [B, T] -> fp32 [B, T]."""
-        return self.nll(self.hidden(ids, looping, exact), targets)
+    def forward(self, ids: Tensor, targets: Tensor, looping: bool, exact: bool = False, bonus: float = 0.0) -> Tensor:
+        """Nats of every target: ids, targets [B, T] -> fp32 [B, T]. ``bonus``: what a nat of entropy is worth."""
+        x = self.hidden(ids, looping, exact)
+        if bonus:
+            x = AddPenalty.apply(x, -bonus * self.parts["entropy"](x, self.head_weight(), self.cfg.logit_softcap))
+        return self.nll(x, targets)
 
     def nll(self, x: Tensor, targets: Tensor) -> Tensor:
         """Nats of the targets [..., T] given the stream [..., T, D]."""
@@ -3591,6 +4091,12 @@ def head_nll(x: Tensor, weight: Tensor, targets: Tensor, cap: float, ops: Ops) -
     return ops.softcap_nll(logits, targets.flatten(), cap).view(targets.shape)
 
 
+def head_entropy(x: Tensor, weight: Tensor, cap: float) -> Tensor:
+    """Sum of the predictions' entropies in nats: [..., D] -> fp32 []."""
+    log_p = torch.log_softmax(head_logits(x, weight, cap), -1)
+    return -(log_p.exp() * log_p).sum()
+
+
 # What a forward pass calls; each is compiled as a whole on a GPU.
 PARTS: dict[str, Callable] = {
     "embed": embed,
@@ -3601,8 +4107,12 @@ PARTS: dict[str, Callable] = {
     "choose": choose,
     "routed": routed_forward,
     "skip": join,
+    "begin_pass": begin_pass,
+    "leave": leave,
+    "merge": LaneMerge.forward,
     "add_up": add_up,
     "nll": head_nll,
+    "entropy": head_entropy,
     "logits": head_logits,
 }
 
@@ -3660,12 +4170,12 @@ class ParamRow(NamedTuple):
 # gains, mixes and gates: everything that is no matrix
 VECTORS = (
     r".*\.(q_gain|attn_scale|mlp_scale|resid_mix|skip_weight|skip_gate|gate|smear_scale|smear_gate|bigram_scale"
-    r"|value_scale|value_mix|basis_scale|depth|step_gate|inner_gate|inner_rate)"
+    r"|value_scale|value_mix|basis_scale|depth|step_gate|inner_gate|inner_rate|route_scale|lane_\w+|carry_\w+)"
 )
 PARAM_TABLE = (
-    ParamRow(r"embed|(mixers\.bigram|values)\.table", "adamw", "tied_embed_lr|embed_lr", "embed_wd"),
+    ParamRow(r"embed|(mixers\.(bigram|input)|values)\.table", "adamw", "tied_embed_lr|embed_lr", "embed_wd"),
     ParamRow(r"head\.weight", "adamw", "head_lr", "embed_wd"),
-    ParamRow(r"(blocks\.\d+|mixers|values)\..*\.weight", "muon", "matrix_lr", "muon_wd"),
+    ParamRow(r"(blocks\.\d+|mixers|values|carries)\..*\.weight", "muon", "matrix_lr", "muon_wd"),
     ParamRow(r"blocks\.\d+\..*\.lora_A", "muon_ab", "lora_a_lr", "lora_wd"),
     ParamRow(r"blocks\.\d+\..*\.lora_B", "muon_ab", "lora_b_lr", "lora_wd"),
     ParamRow(VECTORS, "adamw", "scalar_lr", "adam_wd"),
@@ -3749,7 +4259,7 @@ class Bank:
 
     def gradient(self) -> Tensor:
         """The sum over ranks of this rank's share of gradients: fp32 [share, r, c]."""
-        grads = torch.stack([param.grad for param in self.params])
+        grads = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in self.params])
         if self.run.world_size == 1:
             return grads
         missing = self.share * self.run.world_size - len(grads)
@@ -3817,7 +4327,7 @@ class Optimizers:
     def step(self, lr_scale: float, momentum: float) -> Tensor:
         """Reduce, clip, update; gradients are cleared. Returns the global gradient norm before clipping."""
         grads = [bank.gradient() for bank in self.banks]
-        small = [param.grad for param in self.small]
+        small = [param.grad for param in self.small if param.grad is not None]  # None: waits for the recurrence
         if self.run.world_size > 1:
             flat = self.run.sum(torch.cat([grad.flatten() for grad in small]))
             pieces = flat.split([grad.numel() for grad in small])
@@ -3835,7 +4345,9 @@ class Optimizers:
             if self.cfg.muon_beta2:
                 update = even_sizes(update, bank.row_square, self.cfg.muon_beta2)
             update = bank.gather(update)
-            torch._foreach_mul_(bank.params, 1 - lr_scale * bank.decay)
+            used = [param for param in bank.params if param.grad is not None]
+            if used:
+                torch._foreach_mul_(used, 1 - lr_scale * bank.decay)
             torch._foreach_add_(bank.params, [u.float() for u in update], alpha=-bank.lr * lr_scale)
         for param in [*self.small, *(param for bank in self.banks for param in bank.params)]:
             param.grad = None
@@ -3918,7 +4430,7 @@ def lr_scale(cfg: Config, step: int, fraction: float) -> float:
     rise = min(1.0, (step + 1) / (cfg.lr_warmup_steps + 1))
     if fraction < 1 - cfg.warmdown_frac:
         return rise
-    left = (1 - fraction) / cfg.warmdown_frac if cfg.warmdown_frac else 1.0
+    left = min(1.0, (1 - fraction) / cfg.warmdown_frac) if cfg.warmdown_frac else 1.0
     return rise * (cfg.min_lr + (1 - cfg.min_lr) * left)
 
 
@@ -3928,18 +4440,75 @@ def muon_momentum(cfg: Config, step: int) -> float:
     return cfg.muon_momentum_warmup_start + (cfg.muon_momentum - cfg.muon_momentum_warmup_start) * share
 
 
-def looping_at(cfg: Config, fraction: float) -> bool:
-    """Whether the recurrence is on at this fraction of the run."""
-    return cfg.loops and fraction >= cfg.enable_looping_at
+def looping_at(cfg: Config, fraction: float, step: int = 0) -> bool:
+    """Whether the recurrence is on at this fraction of the run, or (RECUR_START_STEP) at this step."""
+    reached = step >= cfg.recur_start_step if cfg.recur_start_step else fraction >= cfg.enable_looping_at
+    return cfg.loops and reached
+
+
+def entropy_bonus(cfg: Config, fraction: float) -> float:
+    """What a nat of entropy is worth at this fraction of the run: 0.05 THERMO_T_MAX exp(-fraction / THERMO_TAU).
+
+    PR #298's thermodynamic loss, a bonus on uncertain predictions (Pereyra et al. 2017); there its temperature falls by
+    the micro-batch, so that it depends on the number of ranks. Added beside the loss, whose value stays cross-entropy.
+    Cost: another product with the head. Effect on a CPU: docs/experiments.md; not measured on a GPU yet.
+    """
+    return cfg.use_thermo_loss * 0.05 * cfg.thermo_t_max * math.exp(-fraction / cfg.thermo_tau)
+
+
+@torch.no_grad()
+def add_weight_bits(model: GPT, weight: float) -> None:
+    """Add the gradient of weight x mean over the quantized numbers w of log2(1 + (w / s)^2) / 2 to the gradients.
+
+    That is what an entropy coder pays for w above a step s, up to a constant, with s = 0.4 of the matrix's root mean
+    square (held fixed), the step at 3.4 bits: it favours few large weights among many small ones, not small weights.
+    USE_COMPRESSION_LOSS; PR #298 means this and adds the entropy of the predictions, in a branch that never runs. Cost:
+    one pass over the weights a step. Effect on a CPU: docs/experiments.md; not measured on a GPU yet.
+    """
+    used = {n: p for n, p in model.named_parameters() if weight and p.grad is not None}
+    params = [p for n, p in used.items() if owner(n, TENSOR_PLAN).codec != "half"]
+    total = math.log(2) * sum(p.numel() for p in params)
+    for p in params:
+        square = p.square()
+        p.grad.addcdiv_(p, square + 0.16 * square.mean().clamp_min(1e-20), value=weight / total)
+
+
+@torch.no_grad()
+def spectral_embedding(run: Run, model: GPT, stream: TrainStream, tokens: int = 1 << 20) -> None:
+    """EMBED_INIT=spectral: E = U S^(1/2) of log(1 + C), centred, C [V, V] the counts of adjacent pairs in the first
+    tokens that training reads, U S its leading D singular vectors and values; brought to TIED_EMBED_INIT_STD, a tenth
+    of the usual noise on top for tokens without pairs (PR #298 has the name, on i.i.d. noise of a small variance).
+
+    By a randomized range finder with two power iterations (Halko et al. 2011), its noise from counters. Cost: seconds
+    of start-up. Effect on a CPU: docs/experiments.md; not measured on a GPU yet.
+    """
+    cfg, size = model.cfg, model.cfg.vocab_size
+    rows = stream.batch(0, max(1, tokens // cfg.train_seq_len)).long()
+    counts = torch.bincount((rows[:, :-1] * size + rows[:, 1:]).flatten(), minlength=size * size)
+    M = counts.view(size, size).float().log1p()
+    M = M - M.mean(0) - M.mean(1, keepdim=True) + M.mean()
+    rank = min(cfg.model_dim, size)
+    width = min(rank + 8, size)
+    Q = torch.linalg.qr(M @ random_normals(bits_of(cfg.seed, "embed", 0), size * width).view(size, width).float()).Q
+    for _ in range(2):
+        Q = torch.linalg.qr(M @ (M.T @ Q)).Q
+    U, S, _ = torch.linalg.svd(Q.T @ M, full_matrices=False)
+    E = F.pad((Q @ U)[:, :rank] * S[:rank].sqrt(), (0, cfg.model_dim - rank))
+    E = run.sum(run.main * E.to(run.device))  # rank 0's, whatever the others' rounding
+    model.embed.mul_(0.1).add_(E, alpha=cfg.tied_embed_init_std / float(E.square().mean().sqrt()))
+
+
+EMBED_INITS: dict[str, Callable] = {"normal": lambda *_: None, "spectral": spectral_embedding}
 
 
 def token_bytes(cfg: Config) -> float:
     """GPU memory of a training token: a visit keeps about 20 D values for the backward pass, as much again with a state
     of TTT-Linear, the head 4 V (bf16 logits, their gradient, slack)."""
     inner = listed_layers(cfg, cfg.ttt_linear_layers)
-    kept = ((visit.capacity * (1 + (visit.layer in inner)), visits_of(cfg, visit.layer).memory, len(visit.route))
-            for visit in schedule(cfg, True))  # fmt: skip
+    kept = ((visit.capacity * (1 + (visit.layer in inner) + 0.4 * visit.lanes), visits_of(cfg, visit.layer).memory,
+             len(visit.route)) for visit in schedule(cfg, True))  # fmt: skip
     visits = sum(share * memory + 0.1 * routed for share, memory, routed in kept)  # a router keeps the stream as well
+    visits += 0.2 * sum(getattr(cfg, asked) for asked, _ in CARRIES.values()) * len(pass_bounds(cfg, True)[0])
     return 2 * ((10 + 2.5 * cfg.mlp_mult) * cfg.model_dim * visits + 4 * cfg.vocab_size)
 
 
@@ -4045,9 +4614,10 @@ class Trainer:
     def __init__(self, run: Run):
         self.run, self.cfg = run, run.cfg
         self.model = build_model(run.cfg, run)
+        self.stream = TrainStream(run.cfg)
+        EMBED_INITS[run.cfg.embed_init](run, self.model, self.stream)
         self.optimizers = Optimizers(self.model, run)
         self.ema = Ema(self.model, run.cfg)
-        self.stream = TrainStream(run.cfg)
         if run.cfg.train_batch_tokens // run.cfg.train_seq_len < run.world_size:
             raise UserError(
                 f"TRAIN_BATCH_TOKENS={run.cfg.train_batch_tokens} holds fewer sequences than there are ranks"
@@ -4056,11 +4626,12 @@ class Trainer:
         self.step, self.seconds, self.saved, self.looping = 0, 0.0, -1, False
         self.exact = exact_at(run.cfg, 0.0)
 
-    def accumulate(self, rows: Tensor, looping: bool, exact: bool = False) -> Tensor:
+    def accumulate(self, rows: Tensor, looping: bool, exact: bool = False, fraction: float = 0.0) -> Tensor:
         """Forward and backward of this rank's sequences [n, T+1]; returns its share of the step's mean loss."""
         total = torch.zeros((), device=rows.device)
+        bonus = entropy_bonus(self.cfg, fraction) / self.cfg.train_batch_tokens
         for part in rows.split(self.micro):
-            loss = self.model(*shifted(part), looping, exact).sum() / self.cfg.train_batch_tokens
+            loss = self.model(*shifted(part), looping, exact, bonus).sum() / self.cfg.train_batch_tokens
             loss.backward()
             total += loss.detach()
         return total
@@ -4071,7 +4642,7 @@ class Trainer:
         Halves the micro-batch when memory runs out.
         """
         cfg, run = self.cfg, self.run
-        loops = sorted({looping_at(cfg, 0.0), looping_at(cfg, 1.0 - 1e-9)})
+        loops = sorted({looping_at(cfg, 0.0), looping_at(cfg, 1.0 - 1e-9, cfg.iterations)})
         rules = (True, False) if exact_at(cfg, 0.0) else (False,)
         states = tuple((looping, exact) for looping in loops for exact in rules)
         index = 0
@@ -4110,7 +4681,11 @@ class Trainer:
 
     def train_step(self, rows: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
         """One optimizer step. Returns (loss, gradient norm), on the device."""
-        loss = self.accumulate(rows, looping_at(self.cfg, fraction), exact_at(self.cfg, fraction))
+        looping = looping_at(self.cfg, fraction, self.step)
+        loss = self.accumulate(rows, looping, exact_at(self.cfg, fraction), fraction)
+        add_weight_bits(
+            self.model, self.cfg.use_compression_loss * self.cfg.compression_loss_weight / self.run.world_size
+        )
         norm_ = self.optimizers.step(lr_scale(self.cfg, self.step, fraction), muon_momentum(self.cfg, self.step))
         self.step += 1
         self.ema.update(self.step)
@@ -4170,7 +4745,7 @@ class Trainer:
                 now = progress(cfg, self.step, self.seconds)
                 if signalled or now.done:
                     break
-                if looping_at(cfg, now.fraction) != self.looping:
+                if looping_at(cfg, now.fraction, self.step) != self.looping:
                     self.looping = not self.looping
                     self._announce_loop(now.fraction)
                 if exact_at(cfg, now.fraction) != self.exact:
@@ -4249,8 +4824,8 @@ class TensorRow(NamedTuple):
 
 
 TENSOR_PLAN = (
-    TensorRow(r"embed|head\.weight|(mixers\.bigram|values)\.table", "int", "embed_bits", "embed_clip_sigmas"),
-    TensorRow(r"(blocks\.\d+|mixers|values)\..*\.weight", "int", "matrix_bits", "matrix_clip_sigmas"),
+    TensorRow(r"embed|head\.weight|(mixers\.(bigram|input)|values)\.table", "int", "embed_bits", "embed_clip_sigmas"),
+    TensorRow(r"(blocks\.\d+|mixers|values|carries)\..*\.weight", "int", "matrix_bits", "matrix_clip_sigmas"),
     TensorRow(r"blocks\.\d+\..*\.lora_[AB]", "factor", "matrix_bits", "matrix_clip_sigmas"),
     TensorRow(VECTORS, "half"),
     TensorRow(r"blocks\.\d+\.(router|threshold)", "half"),
@@ -4376,6 +4951,87 @@ def tapped(model: GPT, hessians: dict[str, Tensor]) -> Iterator[None]:
         model.head_tap = None
         for module in maps.values():
             module.tap = None
+
+
+class KVCache:
+    """Stands in for a layer's attention while text grows: call c is that of visit c mod n at position c div n, whose
+    one query sees the keys and values of all positions up to its own at that visit."""
+
+    def __init__(self, visits: int, length: int):
+        self.visits, self.length, self.calls = visits, length, 0
+        self.kept: Tensor | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None) -> Tensor:
+        """q [B, 1, H, K], k and v [B, 1, G, K] -> [B, 1, H, K]."""
+        if self.kept is None:
+            self.kept = k.new_empty(self.visits, 2, len(k), self.length, *k.shape[2:])
+        position, visit = divmod(self.calls, self.visits)
+        self.calls += 1
+        self.kept[visit, :, :, position] = torch.stack((k[:, 0], v[:, 0]))
+        keys, values = self.kept[visit, :, :, : position + 1].transpose(2, 3)
+        return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, enable_gqa=True).transpose(1, 2)
+
+
+def by_token(cfg: Config) -> bool:
+    """Whether all but attention reads a token and the one before it at most, so that cached keys and values suffice."""
+    wider = (cfg.use_selective_state, cfg.use_resonant_encoding, cfg.linear_layers, cfg.ttt_linear_layers)
+    return not (any(wider) or any(capacities(cfg)) or cfg.deq_layer >= 0)
+
+
+@contextlib.contextmanager
+def growing(model: GPT, length: int, looping: bool) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A function of the text so far, ids [B, t] -> the stream of its last token [B, 1, D]; called for t = 1, 2, ...
+
+    With cached keys and values where ``by_token`` allows it, else by the whole text anew.
+    """
+    cfg, visits = model.cfg, model.schedules[looping, False]
+    rope = rotary_table(length, cfg.rope_dims or cfg.head_dim, cfg.rope_base, cfg.train_seq_len, model.device)
+    own = [block.attn.attend for block in model.blocks]
+
+    def last_of(ids: Tensor) -> Tensor:
+        if not by_token(cfg):
+            return model.hidden(ids, looping)[:, -1:]
+        here = slice(ids.shape[1] - 1, ids.shape[1])
+        values = None if model.values is None else model.parts["values"](model.values, ids[:, -1:], model.dtype)
+        x = model.parts["embed"](model, ids[:, -2:])[:, -1:]
+        return model.walk(x, tuple(table[here] for table in rope), None, values, visits)
+
+    try:
+        with eager(model):
+            for layer, block in enumerate(model.blocks if by_token(cfg) else ()):
+                block.attn.attend = KVCache(sum(visit.layer == layer for visit in visits), length)
+            yield last_of
+    finally:
+        for block, attention in zip(model.blocks, own, strict=True):
+            block.attn.attend = attention
+
+
+@torch.no_grad()
+def self_generated(run: Run, model: GPT, rows: Tensor, looping: bool) -> Tensor:
+    """Texts sampled from the model itself, as many and as long as ``rows``: int32 [n, T+1], each one document.
+
+    No training text is needed at export (challenge PR #1019; PR #1435 claims it and reads training shards). Sampled by
+    counters, the same for every number of ranks. Cost: T passes of one token a text, by cached keys and values; timed.
+    """
+    (count, length), share = rows.shape, run.split(len(rows))
+    chances = np.random.Generator(np.random.Philox(run.cfg.seed)).random((count, length), np.float32)
+    ids = torch.zeros(count, length, dtype=torch.long, device=run.device)
+    for mine in torch.arange(share.start, share.stop).split(1024):
+        text = torch.full((len(mine), 1), BOS, device=run.device)
+        chance = torch.from_numpy(chances[mine.numpy()]).to(run.device)
+        with growing(model, length, looping) as last_of:
+            for position in range(length - 1):
+                logits = model.parts["logits"](last_of(text), model.head_weight(), run.cfg.logit_softcap)[:, 0]
+                logits[:, BOS] = -math.inf
+                sums = torch.softmax(logits, -1).cumsum(-1)
+                picked = torch.searchsorted(sums, chance[:, position : position + 1] * sums[:, -1:])
+                text = torch.cat((text, picked.clamp(max=len(sums[0]) - 1)), 1)
+        ids[mine.to(run.device)] = text
+    return run.sum(ids).int().cpu()
+
+
+# GPTQ_CALIBRATION: (run, model, training rows no step has seen, loop state) -> the rows of the Hessians
+CALIBRATIONS: dict[str, Callable] = {"train": lambda run, model, rows, looping: rows, "self": self_generated}
 
 
 @torch.no_grad()
@@ -5460,7 +6116,7 @@ def frozen_ledger(targets: int) -> Ledger:
 
 def adaptable(cfg: Config, model: GPT) -> list[nn.Parameter]:
     """What test-time training moves; everything else is frozen, so that its gradients are never computed."""
-    layers = range(cfg.loop_start, cfg.loop_end + 1) if cfg.loops else range(cfg.num_layers)
+    layers = sorted(set(cfg.repeats)) or range(cfg.num_layers)
     chosen = tuple(f"blocks.{layer}." for layer in layers) + ("skips.",)
     params = []
     for name, param in model.named_parameters():
@@ -5755,6 +6411,48 @@ def probe_routing(run: Run, model: GPT, val: ValStream, looping: bool) -> dict[s
     return dict(tokens=count * length, bpb=bpb, gap=bpb["rule"] - bpb["training"], visits=visits, skipped=tables)
 
 
+@torch.no_grad()
+def probe_exits(run: Run, model: GPT, val: ValStream, looping: bool) -> dict[str, Any]:
+    """What adaptive depth saves on the first windows of the validation text, for result.json: stays (share of tokens
+    in each further pass), seconds of a forward pass of plain operations over all tokens, and of one that computes the
+    MLPs of those who stay alone, and the largest difference of the two."""
+    length = min(run.cfg.eval_seq_len, val.targets)
+    count = max(1, min(run.cfg.val_batch_tokens, val.targets) // length)
+    ids = val.tokens[: count * length].view(count, length).long().to(run.device)
+    live: list[Tensor] = []
+    shares: list[float] = []
+
+    def begin(*args: Any) -> tuple[Tensor, dict]:
+        x, memory = begin_pass(*args)
+        live[:] = [memory["live"][..., 0] > 0.5] if "live" in memory else []
+        shares.extend(float(mask.float().mean()) for mask in live)
+        return x, memory
+
+    def end(*args: Any) -> Tensor:
+        live.clear()
+        return leave(*args)
+
+    def some(x: Tensor, *rest: Any) -> Tensor:
+        if not live:
+            return mlp(x, *rest)
+        out = torch.zeros_like(x)
+        out[live[0]] = mlp(x[live[0]], *rest)
+        return out
+
+    found, streams = {}, []
+    for name, op in {"all": mlp, "staying": some}.items():
+        with eager(model):
+            model.parts, model.ops = PARTS | {"begin_pass": begin, "leave": end}, PLAIN._replace(mlp=op)
+            model.hidden(ids, looping)
+            shares.clear()
+            with stopwatch(run) as seconds:
+                streams.append(model.hidden(ids, looping))
+                found[name] = seconds()
+    apart = float((streams[0].float() - streams[1].float()).abs().max())
+    run.log(f"exits: stay {[round(share, 3) for share in shares]} seconds {found}")
+    return dict(tokens=ids.numel(), stays=list(shares), seconds=found, difference=apart)
+
+
 class Probe(NamedTuple):
     """What a mechanism measures of itself on validation text once the scores are in: its object in result.json."""
 
@@ -5766,6 +6464,7 @@ class Probe(NamedTuple):
 PROBES = (
     Probe("deq", lambda cfg: cfg.deq_layer >= 0, probe_equilibrium),
     Probe("mod", lambda cfg: any(capacities(cfg)), probe_routing),
+    Probe("exits", lambda cfg: cfg.use_adaptive_depth and cfg.loops, probe_exits),
 )
 
 
@@ -5949,6 +6648,10 @@ def calibrate(
     with swapped(model, state):
         if cfg.gptq:
             run.log("GPTQ:collecting Hessians from calibration data...")
+            with stopwatch(run) as seconds:
+                rows = CALIBRATIONS[cfg.gptq_calibration](run, model, rows, looping)
+                result["calibration_text_seconds"] = seconds()
+            run.log(f"GPTQ: calibration text ({cfg.gptq_calibration}) in {result['calibration_text_seconds']:.1f}s")
             with stopwatch(run) as seconds:
                 hessians = collect_hessians(run, model, rows, looping)
                 result["hessian_seconds"] = seconds()
@@ -6220,8 +6923,10 @@ def run_plan(cfg: Config, gpus: int) -> list[PlanRow]:
     sent = wire_bytes(cfg, gpus)
     talk = sent / H100["bus"]
     step = {on: cfg.train_batch_tokens / rate[on] + talk for on in rate}
-    before = min(1.0, cfg.enable_looping_at) if cfg.loops else 1.0
     clock = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
+    first = clock / step[False] if cfg.max_wallclock_seconds else cfg.iterations  # steps of a run that never loops
+    switch = cfg.recur_start_step / max(1.0, first) if cfg.recur_start_step else cfg.enable_looping_at
+    before = min(1.0, switch) if cfg.loops else 1.0
     steps = before / step[False] + (1 - before) / step[True]
     steps = min(cfg.iterations, steps * clock) if cfg.max_wallclock_seconds else cfg.iterations
     forward = gpus * H100["eval_mfu"] * H100["matmul"] / (flops_per_token(cfg, before < 1) / 3)
@@ -6254,7 +6959,7 @@ def describe_command(cfg: Config) -> None:
     for looping in (False, True) if cfg.loops else (False,):
         encoder, decoder = halves(cfg, looping)
         print(f"\nloop {'on' if looping else 'off'}: {len(encoder) + len(decoder)} visits {encoder} {decoder}")
-        skips = ", ".join(f"{v.skip_from}->{v.layer}" for v in schedule(cfg, looping) if v.skip_from is not None)
+        skips = ", ".join(f"{v.skip_from}->{v.place}" for v in schedule(cfg, looping) if v.skip_from is not None)
         print(f"  skips {skips or 'none'}; {flops_per_token(cfg, looping) / 1e6:.0f} MFLOP a training token")
     model = meta_model(cfg)
     rows: dict[tuple, int] = {}

@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 PRESETS = list(tg.PRESETS)
 VOCAB = 320
 
-# Each optional mechanism alone, on top of the record preset.
+# Each optional mechanism on top of the record preset, alone or with its likes (test_mechanisms.py has those alone).
 MECHANISMS = {
     "smear": dict(smear_gate=True),
     "sparse_gate": dict(attn_gate="sparse"),
@@ -55,6 +55,18 @@ MECHANISMS = {
     "equilibrium": dict(deq_layer=1),
     "equilibrium_looped": dict(deq_layer=3, deq_grad="ift"),
     "equilibrium_unrolled": dict(deq_layer=5, deq_grad="unroll", deq_solver="picard"),
+    "lanes": dict(parallel_start_layer=2, recur_layers="1,3,3", pass_controls=True, skip_over="visits"),
+    "passes": dict(num_passes=2, num_layers=4, skip_over="visits", skip_kind="add", k_rank=8, input_table=True),
+    "linear_experts": dict(linear_layers="1,-1", use_eigenspace_routing=True, pack_docs=True),
+    "carries": dict(
+        use_resonant_encoding=True,
+        use_selective_state=True,
+        use_confidence_conditioning=True,
+        use_gradient_memory=True,
+        use_td_recurrence=True,
+        use_adaptive_depth=True,
+        pack_docs=True,
+    ),
     "routed_passes": dict(mod_layers="1,5@0.25", mod_pass_capacity="1,0.5,0.25", mod_rule="quantile"),
 }
 
@@ -88,7 +100,10 @@ def tiny_values(preset: str) -> dict[str, Any]:
     full, _ = tg.read_config({"PRESET": preset})
     return dict(
         vocab_size=VOCAB, model_dim=64, num_heads=4, num_kv_heads=2, mlp_mult=2,
-        num_layers=6 if full.loops else min(6, full.num_layers), num_loops=min(3, full.num_loops),
+        num_layers=2 if full.num_passes > 1 else 6 if full.loops else min(6, full.num_layers),
+        num_loops=min(3, full.num_loops), recur_layers="2,3" if full.recur_layers else "",
+        parallel_start_layer=min(4, full.parallel_start_layer), k_rank=min(8, full.k_rank),
+        bigram_vocab_size=min(97, full.bigram_vocab_size), bigram_dim=8, ve_dim=8,
         loop_start=2, loop_end=3, parallel_residual_start=3 if full.parallel_residual_start >= 0 else -1,
         adapter_rank=min(8, full.adapter_rank), lora_rank_attn=8, lora_rank_mlp=4,
         xsa_last_n=min(6, full.xsa_last_n), rope_dims=8 if full.rope_dims else 0, train_seq_len=32, eval_seq_len=32,

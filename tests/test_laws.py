@@ -566,9 +566,12 @@ def test_7_a_fresh_block_adds_nothing(variant):
 
 def used_rows(model: tg.GPT, name: str, ids: torch.Tensor, looping: bool) -> list[torch.Tensor]:
     """Rows of a table that is read by token, or by visit, and nothing else; empty for every other parameter."""
-    if not looping and name.split(".")[-1] in ("basis_scale", "depth", "step_gate"):
+    part, alone = name.split(".")[-1], model.cfg.pass_controls and name.endswith(("_scale", "resid_mix"))
+    visits = model.get_parameter(name).dim() > 1 + (part == "resid_mix")
+    first_only = part in ("basis_scale", "depth", "step_gate") or name.startswith("carries.resonance.")
+    if not looping and (first_only or (alone and visits)):
         return [torch.zeros(1, dtype=torch.long)]  # without the recurrence there is one visit
-    if name == "values.table" or (name == "embed" and model.head is not None):
+    if name in ("values.table", "mixers.input.table") or (name == "embed" and model.head is not None):
         return [ids.flatten()]
     if name == "mixers.bigram.table":
         bigram = model.mixers["bigram"]
@@ -581,17 +584,22 @@ def test_7_every_row_learns(variant, corpus):
     """Law 7: after the first optimizer steps every row of every parameter has a gradient.
 
     Output maps start at zero and block what is upstream of them for one step; an untied head starts at zero too and
-    blocks the output maps for one more, and so do adapters' outer factors and TTT-Linear's gate, zero too. Exempt:
+    blocks the output maps for one more, and so do adapters' outer factors, TTT-Linear's gate and the experts' scales,
+    zero too; what predicts a pass's change needs one that changes something, and an output map of its own. Exempt:
     rows of an untied table whose token or bucket is not in the batch, and of visits that are not made.
     """
     cfg = config_of(variant, train_batch_tokens=512, micro_batch_tokens=512, **corpus.knobs())
     trainer = trainer_of(cfg)
-    run_steps(trainer, 1 + (not cfg.tie_embeddings) + (cfg.seed_maps != "none") + (cfg.ttt_linear_layers != ""), 1000)
+    blocked = (not cfg.tie_embeddings, cfg.seed_maps != "none", cfg.ttt_linear_layers != "", cfg.use_td_recurrence,
+               cfg.use_td_recurrence, cfg.use_eigenspace_routing)  # fmt: skip
+    run_steps(trainer, 1 + sum(blocked), 1000)
     for looping in (False, True):
         rows = trainer.stream.batch(64, 16)
         trainer.model.zero_grad(set_to_none=True)
         trainer.accumulate(rows, looping)
         for name, param in trainer.model.named_parameters():
+            if param.grad is None and not looping and name.startswith(("carries.", "skips.")):
+                continue  # joins passes that are not made
             grad = param.grad if param.dim() != 1 else param.grad[:, None]
             alive = grad.flatten(1).any(1) if grad.dim() else grad.bool()[None]
             if used := used_rows(trainer.model, name, rows[:, :-1].long(), looping):
@@ -1261,7 +1269,9 @@ def factors() -> dict[str, list]:
     numbers = dict(num_loops=[0, 1, 3], parallel_residual_start=[-1, 0, 3], xsa_last_n=[0, 3], rope_dims=[0, 8],
                    mlp_slope=[0.0, 0.5], num_kv_heads=[1, 4], matrix_bits=[4, 6, 8], ema_decay=[0.0, 0.99],
                    deq_layer=[-1, 0, 3], seed_maps=["none", "all", "q,up"],
-                   mod_layers=["", "2,4-5@0.5"], ttt_linear_layers=["", "0,3"])  # fmt: skip
+                   mod_layers=["", "2,4-5@0.5"], ttt_linear_layers=["", "0,3"], linear_layers=["", "0,-1"],
+                   recur_layers=["", "4,1"], num_passes=[1, 2], parallel_start_layer=[0, 2], k_rank=[0, 4],
+                   bigram_vocab_size=[0, 97])  # fmt: skip
     return found | numbers
 
 

@@ -629,12 +629,11 @@ def test_schedules_can_be_walked(preset, looping):
             if visit.skip_from is not None:
                 kept.remove(visit.skip_from)
             if visit.keep:
-                kept.add(visit.layer)
+                kept.add(visit.place)
         assert not kept
         order = tg.virtual_order(cfg, looping)
         for layer in range(cfg.num_layers):
-            inside = looping and cfg.loops and cfg.loop_start <= layer <= cfg.loop_end
-            assert order.count(layer) == (1 + cfg.num_loops if inside else 1)
+            assert order.count(layer) == 1 + looping * cfg.repeats.count(layer)
 
 
 def meta_model(cfg: tg.Config, monkeypatch) -> tg.GPT:
@@ -666,9 +665,9 @@ def test_census_of_the_baseline(monkeypatch):
 def test_flops_count_every_visit(preset, looping, monkeypatch):
     """6 x weights applied (every visit and the head) + 6 T D a visit; of a routed visit its share, and its router.
 
-    Seeded maps are applied as dense ones of the same shape.
+    Seeded and low-rank maps are applied as dense ones of the same shape.
     """
-    cfg = dataclasses.replace(full(preset), seed_maps="none")
+    cfg = dataclasses.replace(full(preset), seed_maps="none", k_rank=0)
     params = dict(meta_model(cfg, monkeypatch).named_parameters())
     total = 0
     for layer in tg.virtual_order(cfg, looping):

@@ -4244,40 +4244,59 @@ def muon_update(g: Tensor, m: Tensor, momentum: float, rows: bool, orthogonalize
     return orthogonalize(update) * max(1.0, g.shape[-2] / g.shape[-1]) ** 0.5
 
 
+class Pending(NamedTuple):
+    """A tensor that a collective under way (None: it is done) fills."""
+
+    work: Any
+    tensor: Tensor
+
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            self.work.wait()
+        return self.tensor
+
+
 class Bank:
     """The matrices of one shape and one row of the table, stacked; each rank owns a contiguous share and its momentum.
 
-    Gradients travel once: reduce-scattered to the owners, whose updates are all-gathered.
+    Gradients travel once: reduce-scattered to the owners, whose updates are all-gathered in bf16. The last owner's
+    share may be smaller and others empty; ``first`` is the rank of the first share, so that they differ by bank.
     """
 
-    def __init__(self, names: list[str], params: list[nn.Parameter], run: Run, lr: float, decay: float):
+    def __init__(self, names: list[str], params: list[nn.Parameter], run: Run, lr: float, decay: float, first: int = 0):
         self.names, self.params, self.run, self.lr, self.decay = names, params, run, lr, decay
         self.share = -(-len(params) // run.world_size)
+        size = self.share * run.world_size
+        self.slots = [(first * self.share + index) % size for index in range(len(params))]  # in the stack of all ranks
         shape, device = params[0].shape, params[0].device
         self.momentum = torch.zeros(self.share, *shape, device=device)
         self.row_square = torch.zeros(self.share, shape[0], 1, device=device)
 
-    def gradient(self) -> Tensor:
-        """The sum over ranks of this rank's share of gradients: fp32 [share, r, c]."""
-        grads = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in self.params])
+    def reduce(self) -> Pending:
+        """Start to sum gradients over ranks: this rank's share, fp32 [share, r, c]."""
+        zero = torch.zeros_like(self.params[0])
+        grads = [zero] * (self.share * self.run.world_size)
+        for slot, param in zip(self.slots, self.params, strict=True):
+            grads[slot] = zero if param.grad is None else param.grad
+        whole = torch.stack(grads)
         if self.run.world_size == 1:
-            return grads
-        missing = self.share * self.run.world_size - len(grads)
-        grads = F.pad(grads, (0, 0, 0, 0, 0, missing))
+            return Pending(None, whole)
         if dist.get_backend() == "gloo":  # has no reduce-scatter
-            dist.all_reduce(grads)
-            return grads[self.run.rank * self.share :][: self.share].clone()
+            return Pending(dist.all_reduce(whole, async_op=True), whole.split(self.share)[self.run.rank])
         mine = torch.empty_like(self.momentum)
-        dist.reduce_scatter_tensor(mine, grads)
-        return mine
+        return Pending(dist.reduce_scatter_tensor(mine, whole, async_op=True), mine)
 
-    def gather(self, mine: Tensor) -> Tensor:
-        """Every rank's share, in the order of ``names``: [n, r, c]."""
+    def gather(self, mine: Tensor) -> Pending:
+        """Start to collect every rank's share: [slots, r, c]."""
         if self.run.world_size == 1:
-            return mine
-        parts = [torch.empty_like(mine) for _ in range(self.run.world_size)]
-        dist.all_gather(parts, mine.contiguous())
-        return torch.cat(parts)[: len(self.params)]
+            return Pending(None, mine)
+        whole = mine.new_empty(self.run.world_size * self.share, *mine.shape[1:])
+        return Pending(dist.all_gather_into_tensor(whole, mine.contiguous(), async_op=True), whole)
+
+    def named(self, mine: Tensor) -> dict[str, Tensor]:
+        """Every rank's share, on the CPU, by the matrix it is of."""
+        whole = self.gather(mine).wait().cpu()
+        return {name: whole[slot] for name, slot in zip(self.names, self.slots, strict=True)}
 
 
 class Optimizers:
@@ -4286,6 +4305,7 @@ class Optimizers:
     def __init__(self, model: GPT, run: Run):
         cfg = run.cfg
         self.cfg, self.run, self.base = cfg, run, {}
+        self.loads = [0.0] * run.world_size  # multiplications of each rank's orthogonalizations
         groups: dict[ParamRow, dict[str, nn.Parameter]] = {}
         for name, param in model.named_parameters():
             groups.setdefault(owner(name, PARAM_TABLE), {})[name] = param
@@ -4313,9 +4333,22 @@ class Optimizers:
         for name, param in named.items():
             shapes.setdefault(param.shape, []).append(name)
         return [
-            Bank(names, [named[name] for name in names], self.run, lr * size(shape), lr * wd)
+            Bank(names, [named[name] for name in names], self.run, lr * size(shape), lr * wd, self._place(names, shape))
             for shape, names in shapes.items()
         ]
+
+    def _place(self, names: list[str], shape: torch.Size) -> int:
+        """The rank at which a bank should start, so that the busiest rank has least to do."""
+        world, cost = self.run.world_size, shape.numel() * min(shape)
+        share = -(-len(names) // world)
+
+        def loads(first: int) -> list[float]:
+            held = (len(names) - (rank - first) % world * share for rank in range(world))
+            return [load + cost * min(max(own, 0), share) for load, own in zip(self.loads, held, strict=True)]
+
+        first = min(range(world), key=lambda first: max(loads(first)))
+        self.loads = loads(first)
+        return first
 
     @torch.no_grad()
     def warm_up(self) -> None:
@@ -4325,13 +4358,16 @@ class Optimizers:
 
     @torch.no_grad()
     def step(self, lr_scale: float, momentum: float) -> Tensor:
-        """Reduce, clip, update; gradients are cleared. Returns the global gradient norm before clipping."""
-        grads = [bank.gradient() for bank in self.banks]
+        """Reduce, clip, update; gradients are cleared. Returns the global gradient norm before clipping.
+
+        Sums travel while the next bank's are stacked, updates while the next bank's are orthogonalized."""
+        sums = [bank.reduce() for bank in self.banks]
         small = [param.grad for param in self.small if param.grad is not None]  # None: waits for the recurrence
         if self.run.world_size > 1:
             flat = self.run.sum(torch.cat([grad.flatten() for grad in small]))
             pieces = flat.split([grad.numel() for grad in small])
             torch._foreach_copy_(small, [piece.view_as(grad) for piece, grad in zip(pieces, small, strict=True)])
+        grads = [pending.wait() for pending in sums]
         square = self.run.sum(torch.stack([grad.square().sum() for grad in grads]).sum())
         total = (square + torch.stack(torch._foreach_norm(small)).square().sum()).sqrt()
         if self.cfg.grad_clip_norm:
@@ -4340,15 +4376,17 @@ class Optimizers:
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
         self.adam.step()
+        updates = []
         for bank, grad in zip(self.banks, grads, strict=True):
             update = muon_update(grad, bank.momentum, momentum, self.cfg.muon_row_normalize, self.orthogonalize)
             if self.cfg.muon_beta2:
                 update = even_sizes(update, bank.row_square, self.cfg.muon_beta2)
-            update = bank.gather(update)
-            used = [param for param in bank.params if param.grad is not None]
+            updates.append(bank.gather(update))
+        for bank, pending in zip(self.banks, updates, strict=True):
+            whole, used = pending.wait(), [param for param in bank.params if param.grad is not None]
             if used:
                 torch._foreach_mul_(used, 1 - lr_scale * bank.decay)
-            torch._foreach_add_(bank.params, [u.float() for u in update], alpha=-bank.lr * lr_scale)
+            torch._foreach_add_(bank.params, [whole[slot].float() for slot in bank.slots], alpha=-bank.lr * lr_scale)
         for param in [*self.small, *(param for bank in self.banks for param in bank.params)]:
             param.grad = None
         return total
@@ -4357,17 +4395,18 @@ class Optimizers:
         """Whole state, the same for every world size (momentum by parameter name)."""
         momentum, squares = {}, {}
         for bank in self.banks:
-            momentum |= dict(zip(bank.names, bank.gather(bank.momentum).cpu(), strict=True))
-            squares |= dict(zip(bank.names, bank.gather(bank.row_square).cpu(), strict=True))
+            momentum |= bank.named(bank.momentum)
+            squares |= bank.named(bank.row_square)
         return {"adam": self.adam.state_dict(), "momentum": momentum, "row_square": squares}
 
     def load_state_dict(self, state: dict) -> None:
         self.adam.load_state_dict(state["adam"])
         for bank in self.banks:
-            first = self.run.rank * bank.share
-            for slot, name in enumerate(bank.names[first : first + bank.share]):
-                bank.momentum[slot] = state["momentum"][name]
-                bank.row_square[slot] = state["row_square"][name]
+            for slot, name in zip(bank.slots, bank.names, strict=True):
+                rank, own = divmod(slot, bank.share)
+                if rank == self.run.rank:
+                    bank.momentum[own] = state["momentum"][name]
+                    bank.row_square[own] = state["row_square"][name]
 
 
 class Ema:

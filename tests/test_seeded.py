@@ -192,7 +192,7 @@ def test_a_product_step_is_a_dense_step():
         model(random_ids(cfg, 2, 32), random_ids(cfg, 2, 32), True).sum().backward()
         for bank in optimizers.banks:
             with torch.no_grad():
-                update = tg.muon_update(bank.gradient(), bank.momentum, 0.0, False, optimizers.orthogonalize)
+                update = tg.muon_update(bank.reduce().wait(), bank.momentum, 0.0, False, optimizers.orthogonalize)
                 for param, u in zip(bank.params, update, strict=True):
                     param.sub_(bank.lr * u)
         with torch.no_grad():

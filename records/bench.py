@@ -1,0 +1,249 @@
+#!/usr/bin/env python3
+"""bench.py: times, side by side in one process.
+
+    python records/bench.py speed PRESET=pr1783 'PRESET=pr1783 MOD_LAYERS=all MOD_CAPACITY=0.5' [--set NAME=VALUE ...]
+    python records/bench.py speed PRESET=record --kernels 25
+    python records/bench.py bases
+
+speed: each argument is a configuration, variables as on a command line. No data is needed: a step's time does not
+depend on the text, so that documents of random tokens serve. Each configuration is built and compiled as a run would,
+then all take turns, a step each, so that clocks and neighbours trouble all alike; weights stand still (learning rate
+0). One row for each state that a training step can be in: recurrence on or off, routed layers by their exact choice or
+the causal rule. MFU is against this card's own 8192^3 product, measured before and after.
+
+bases: a random square matrix of a seeded map, applied to activations three ways: as a dense matrix, by its fast
+transform (log2 n passes, compiled), and by that transform as products with two small Hadamard matrices of about sqrt n.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_gpt as tg
+
+
+class State(NamedTuple):
+    """What a training step may differ in."""
+
+    looping: bool
+    exact: bool
+
+    def label(self, cfg: tg.Config) -> str:
+        names = ["loop on" if self.looping else "loop off"] * bool(cfg.loops)
+        names += ["exact choice" if self.exact else "causal rule"] * any(tg.capacities(cfg))
+        return ", ".join(names) or "-"
+
+
+class Subject(NamedTuple):
+    """A configuration ready to step: its trainer, a batch [sequences, T + 1], and seconds it took to build."""
+
+    text: str
+    trainer: tg.Trainer
+    rows: torch.Tensor
+    seconds: float
+
+    def states(self) -> list[State]:
+        cfg = self.trainer.cfg
+        loops = sorted({tg.looping_at(cfg, 0.0), tg.looping_at(cfg, 1.0, cfg.iterations)})
+        return [State(on, exact) for on in loops for exact in sorted({tg.exact_at(cfg, 0.0), False}, reverse=True)]
+
+    def step(self, state: State) -> None:
+        """Forward, backward, optimizers at rate 0 and averages: a training step that changes no weight."""
+        self.trainer.accumulate(self.rows, *state)
+        self.trainer.optimizers.step(0.0, self.trainer.cfg.muon_momentum)
+        self.trainer.ema.update(1)
+
+
+def random_shard(folder: Path, tokens: int, vocab: int) -> Path:
+    """A shard of random tokens with a document's start every 512 or so."""
+    draw = np.random.default_rng(0)
+    text = draw.integers(4, vocab, tokens)
+    text[draw.random(tokens) < 1 / 512] = tg.BOS
+    header = np.zeros(256, "<i4")
+    header[:3] = tg.SHARD_MAGIC, tg.SHARD_VERSION, tokens
+    (folder / "fineweb_train_000000.bin").write_bytes(header.tobytes() + text.astype("<u2").tobytes())
+    return folder
+
+
+@contextlib.contextmanager
+def subject(text: str, shared: list[str]) -> Iterator[Subject]:
+    """Build and compile a configuration; UserError where a run would refuse it."""
+    begin, env = time.perf_counter(), dict(part.partition("=")[::2] for part in shared + shlex.split(text))
+    cfg, warnings = tg.read_config(env)
+    for line in warnings:
+        print(f"warning: {text}: {line}", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = cfg.train_batch_tokens + 2 * cfg.train_seq_len + 2
+        random_shard(Path(folder), tokens, cfg.vocab_size)
+        trainer = tg.Trainer(tg.Run(dataclasses.replace(cfg, data_path=folder), tg.Launch(0, 1, 0)))
+        rows = trainer.stream.batch(0, cfg.train_batch_tokens // cfg.train_seq_len).to(trainer.run.device)
+        with contextlib.redirect_stdout(sys.stderr):
+            trainer.warm_up()
+        yield Subject(text, trainer, rows, time.perf_counter() - begin)
+
+
+def timed(run: tg.Run, work: Callable[[], None]) -> float:
+    run.synchronize()
+    begin = time.perf_counter()
+    work()
+    run.synchronize()
+    return time.perf_counter() - begin
+
+
+def measure(subjects: list[Subject], steps: int) -> list[dict[str, Any]]:
+    """A row for each configuration and state; all take turns, and the first turn is not counted."""
+    pairs = [(index, state) for index, one in enumerate(subjects) for state in one.states()]
+    took: dict[tuple[int, State], list[float]] = {pair: [] for pair in pairs}
+    peaks: dict[tuple[int, State], int] = {}
+    for turn in range(steps + 1):
+        for index, state in pairs:
+            one = subjects[index]
+            cuda = one.trainer.run.device.type == "cuda"
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            seconds = timed(one.trainer.run, lambda one=one, state=state: one.step(state))
+            if turn:
+                took[index, state].append(seconds)
+                peaks[index, state] = torch.cuda.max_memory_allocated() if cuda else 0
+    rows = []
+    for (index, state), seconds in took.items():
+        one, cfg = subjects[index], subjects[index].trainer.cfg
+        median = statistics.median(seconds)
+        rows.append(dict(
+            config=one.text, state=state.label(cfg), looping=state.looping, seconds=median, least=min(seconds),
+            most=max(seconds), tokens_per_second=cfg.train_batch_tokens / median, peak_bytes=peaks[index, state],
+            flops=tg.flops_per_token(cfg, state.looping) * cfg.train_batch_tokens / median, built_seconds=one.seconds,
+        ))  # fmt: skip
+    return rows
+
+
+def table(rows: list[dict[str, Any]], peak: float) -> str:
+    """Times against those of the first configuration in the same state of its recurrence (or its only one)."""
+    first = {row["looping"]: row["seconds"] for row in reversed(rows) if row["config"] == rows[0]["config"]}
+    lines = [f"{'ms a step':>10} {'least-most':>17} {'tok/s':>11} {'MFU':>6} {'of first':>8} {'peak GiB':>8} "
+             f"{'built s':>7}  state, configuration"]  # fmt: skip
+    for row in rows:
+        base = first.get(row["looping"], next(iter(first.values())))
+        span = f"{1e3 * row['least']:.1f}-{1e3 * row['most']:.1f}"
+        mfu = f"{row['flops'] / peak:.3f}" if peak else "-"
+        lines.append(f"{1e3 * row['seconds']:>10.1f} {span:>17} {row['tokens_per_second']:>11.0f} {mfu:>6} "
+                     f"{row['seconds'] / base:>8.3f} {row['peak_bytes'] / 2**30:>8.1f} {row['built_seconds']:>7.1f}  "
+                     f"{row['state']}: {row['config']}")  # fmt: skip
+    return "\n".join(lines)
+
+
+def kernels(one: Subject, state: State, count: int) -> str:
+    """The kernels that take longest in one step (on a CPU: operations)."""
+    cuda = one.trainer.run.device.type == "cuda"
+    kind = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind]) as profile:
+        timed(one.trainer.run, lambda: one.step(state))
+    spent = {}
+    for event in profile.key_averages():
+        spent[event.key] = (event.self_device_time_total if cuda else event.self_cpu_time_total, event.count)
+    whole = sum(micros for micros, _ in spent.values())
+    ranked = sorted(spent.items(), key=lambda item: -item[1][0])[:count]
+    lines = [f"{micros / 1e3:>9.2f} ms {micros / whole:>6.1%} {calls:>6}x  {name[:110]}"
+             for name, (micros, calls) in ranked]  # fmt: skip
+    return "\n".join([f"{state.label(one.trainer.cfg)}: {one.text}: {whole / 1e3:.1f} ms", *lines])
+
+
+def speed(args: argparse.Namespace) -> None:
+    with contextlib.ExitStack() as stack:
+        subjects = [stack.enter_context(subject(text, args.set)) for text in args.configs]
+        device = subjects[0].trainer.run.device
+        peaks = [tg.peak_matmul_flops(device)]
+        rows = measure(subjects, args.steps)
+        peaks.append(tg.peak_matmul_flops(device))
+        print(f"8192^3 product before and after: {' and '.join(f'{peak / 1e12:.0f}' for peak in peaks)} TFLOP/s")
+        print(table(rows, max(peaks)))
+        for one in subjects if args.kernels else ():
+            for state in one.states():
+                print("\n" + kernels(one, state, args.kernels))
+    if args.json:
+        args.json.write_text(json.dumps(dict(peaks=peaks, rows=rows), indent=1))
+
+
+def small_hadamards(
+    x: torch.Tensor, signs: list[torch.Tensor], left: torch.Tensor, right: torch.Tensor
+) -> torch.Tensor:
+    """H D H D H D x with H = left (x) right: [tokens, n] -> the same, by products that tensor cores run."""
+    for sign in reversed(signs):
+        x = (left @ (x * sign).unflatten(-1, (len(left), len(right))) @ right).flatten(-2)
+    return x
+
+
+def factors(basis: tg.Structured, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """(diagonals, first applied last, left, right) of ``small_hadamards`` for a basis whose order is a power of two."""
+    diagonals = [t for kind, t in basis.blocks[0] if kind == "diagonal"]
+    power, one = len(diagonals[0]).bit_length() - 1, diagonals[0].new_ones(1, 1)
+    eyes = (torch.eye(1 << part, device=one.device) for part in (power // 2, power - power // 2))
+    left, right = (tg.hadamard(eye, one).to(dtype) for eye in eyes)
+    return [t.to(dtype) for t in diagonals], left, right
+
+
+def basis_row(order: int, tokens: int, device: torch.device) -> dict[str, float]:
+    """Seconds of each way at one order, the median of ten after a first that compiles."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    basis = tg.BASES["hadamard"](tg.bits_of(0, "bench", 0), order, order)
+    basis = basis._replace(blocks=[[(kind, t.to(device)) for kind, t in steps] for steps in basis.blocks])
+    x = torch.randn(tokens, order, device=device, dtype=dtype)
+    dense = torch.randn(order, order, device=device, dtype=dtype)
+    small = factors(basis, dtype)
+    ways = dict(dense=lambda: x @ dense.T, passes=lambda: basis.apply(x), products=lambda: small_hadamards(x, *small))
+    run = tg.Run(tg.read_config({"DEVICE": device.type})[0], tg.Launch(0, 1, 0))
+    found = {}
+    for name, way in ways.items():
+        way = torch.compile(way) if device.type == "cuda" and name != "dense" else way
+        found[name] = statistics.median([timed(run, way) for _ in range(11)][1:])
+    return found
+
+
+def bases(args: argparse.Namespace) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"{'n':>6} {'dense ms':>10} {'passes ms':>10} {'products ms':>11}   of {args.tokens} tokens")
+    for order in args.orders:
+        row = basis_row(order, args.tokens, device)
+        print(f"{order:>6} {1e3 * row['dense']:>10.3f} {1e3 * row['passes']:>10.3f} {1e3 * row['products']:>11.3f}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    verb = verbs.add_parser("speed", help="training steps of several configurations, side by side")
+    verb.add_argument("configs", nargs="+", metavar="'NAME=VALUE ...'")
+    verb.add_argument("--steps", type=int, default=6, help="steps of each that are timed")
+    verb.add_argument("--kernels", type=int, default=0, metavar="N", help="also list the N slowest kernels of a step")
+    verb.add_argument("--json", type=Path, help="write the rows there too")
+    verb.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a variable of all of them")
+    verb.set_defaults(work=speed)
+    verb = verbs.add_parser("bases", help="three ways to apply a seeded map's random matrix")
+    verb.add_argument("--orders", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192], metavar="N")
+    verb.add_argument("--tokens", type=int, default=65536)
+    verb.set_defaults(work=bases)
+    args = parser.parse_args()
+    try:
+        args.work(args)
+    except tg.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

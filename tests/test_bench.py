@@ -1,0 +1,65 @@
+"""records/bench.py: its rows are the states of the runs that it names, and its fast ways to apply a basis are right."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, tg, tiny_env
+
+spec = importlib.util.spec_from_file_location("bench", ROOT / "records" / "bench.py")
+bench = importlib.util.module_from_spec(spec)
+sys.modules["bench"] = bench
+spec.loader.exec_module(bench)
+
+
+def settings(preset: str, **values) -> str:
+    env = tiny_env(preset, num_loops=1, **values)
+    return " ".join(f"{name}={value}" for name, value in env.items() if value)
+
+
+def bench_main(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, arguments)])
+    return bench.main()
+
+
+def test_a_row_for_every_state(monkeypatch, tmp_path, capsys):
+    """Recurrence off and on, the exact choice and the causal rule, with ratios to the first."""
+    mod = settings("mod", mod_causal_at=0.5, enable_looping_at=0.5)
+    found = tmp_path / "rows.json"
+    assert bench_main(monkeypatch, "speed", mod, settings("record"), "--steps", 2, "--json", found) == 0
+    rows = json.loads(found.read_text())["rows"]
+    assert [row["state"] for row in rows] == [
+        "loop off, exact choice", "loop off, causal rule", "loop on, exact choice", "loop on, causal rule", "loop on"
+    ]  # fmt: skip
+    for row in rows:
+        assert row["least"] <= row["seconds"] <= row["most"]
+        assert row["tokens_per_second"] * row["seconds"] == pytest.approx(128)
+    out = capsys.readouterr().out
+    assert " 1.000 " in out and "loop on: PRESET=record" in out
+
+
+def test_no_weight_moves():
+    """The step that is timed leaves the model as it was; its kernels have names and shares."""
+    with bench.subject(settings("record"), ["SEED=5"]) as one:
+        before = {name: tensor.clone() for name, tensor in one.trainer.model.state_dict().items()}
+        assert "aten::" in bench.kernels(one, one.states()[0], 2)
+        assert one.trainer.cfg.seed == 5
+        assert all(torch.equal(tensor, before[name]) for name, tensor in one.trainer.model.state_dict().items())
+
+
+def test_what_a_run_refuses_is_refused(monkeypatch, capsys):
+    assert bench_main(monkeypatch, "speed", "PRESET=record ITERATION=5") == 2
+    assert "did you mean ITERATIONS" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("order", [32, 64])
+def test_small_hadamards_are_the_transform(order, monkeypatch, capsys):
+    """Both fast ways give R x, and the table has a row for each order."""
+    basis = tg.BASES["hadamard"](tg.bits_of(0, "bench", 0), order, order)
+    x = torch.randint(-4, 5, (3, order)).float()
+    assert torch.equal(bench.small_hadamards(x, *bench.factors(basis, torch.float32)), x @ basis.dense().T)
+    assert torch.equal(basis.apply(x), x @ basis.dense().T)
+    assert bench_main(monkeypatch, "bases", "--orders", order, "--tokens", 8) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2

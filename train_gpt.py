@@ -4895,7 +4895,7 @@ class KVCache:
 
 
 def by_token(cfg: Config) -> bool:
-    """Whether all but attention reads a token and the one before it at most, so that cached keys and values suffice."""
+    """Whether all but attention reads a token and the two before it at most, so that cached keys and values suffice."""
     wider = (cfg.use_selective_state, cfg.use_resonant_encoding, cfg.linear_layers, cfg.ttt_linear_layers)
     return not (any(wider) or any(capacities(cfg)) or cfg.deq_layer >= 0)
 
@@ -4915,7 +4915,7 @@ def growing(model: GPT, length: int, looping: bool) -> Iterator[Callable[[Tensor
             return model.hidden(ids, looping)[:, -1:]
         here = slice(ids.shape[1] - 1, ids.shape[1])
         values = None if model.values is None else model.parts["values"](model.values, ids[:, -1:], model.dtype)
-        x = model.parts["embed"](model, ids[:, -2:])[:, -1:]
+        x = model.parts["embed"](model, ids[:, -3:])[:, -1:]
         return model.walk(x, tuple(table[here] for table in rope), None, values, visits)
 
     try:

@@ -55,7 +55,7 @@ MECHANISMS = {
     "equilibrium": dict(deq_layer=1),
     "equilibrium_looped": dict(deq_layer=3, deq_grad="ift"),
     "equilibrium_unrolled": dict(deq_layer=5, deq_grad="unroll", deq_solver="picard"),
-    "lanes": dict(parallel_start_layer=2, recur_layers="1,3,3", pass_controls=True, skip_over="visits"),
+    "lanes": dict(parallel_start_layer=2, recur_layers="2,3,3", pass_controls=True, skip_over="visits"),
     "passes": dict(num_passes=2, num_layers=4, skip_over="visits", skip_kind="add", k_rank=8, input_table=True),
     "linear_experts": dict(linear_layers="1,-1", use_eigenspace_routing=True, pack_docs=True),
     "carries": dict(

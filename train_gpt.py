@@ -2707,7 +2707,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, chunk
     denominator's. Cost a token and a head: C K + K^2 instead of T K. Not softmax attention at the start: it has no
     sharp maximum. Effect on a CPU: docs/experiments.md; not measured on a GPU yet.
     """
-    time, heads = q.shape[1:3]
+    (time, heads), kind = q.shape[1:3], q.dtype
     docs = torch.zeros_like(q[..., 0, 0]) if docs is None else docs
     docs = in_chunks(docs[:, :, None, None, None], chunk)
     v = F.pad(v, (0, 1), value=1.0)
@@ -2717,7 +2717,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, chunk
     kept = torch.eye(k.shape[-1], device=k.device) * (last == before)
     W = AffineScan.apply(kept, v.mT @ (k * (docs == last))).mT
     z = (q @ W) * (docs == before) + ((q @ k.mT) * same.tril()) @ v
-    y = (z[..., :-1] / z[..., -1:].clamp_min(1e-6)).to(q.dtype)
+    y = (z[..., :-1] / z[..., -1:].clamp_min(1e-6)).to(kind)
     return y.movedim(-2, 2).flatten(1, 2)[:, :time].reshape(len(q), time, heads, -1)
 
 

@@ -2694,12 +2694,15 @@ def inner_steps(gram: Tensor, rate: Tensor, same: Tensor) -> Tensor:
     return 1 / (sums.mT * same.tril()).amax(-1, keepdim=True).clamp_min(1.0)
 
 
+LINEAR_CHUNK = 64  # tokens of a chunk of linear attention
+
+
 def in_chunks(x: Tensor, chunk: int) -> Tensor:
     """[B, T, G, H/G, n] -> fp32 [B, N, G, H/G, C, n], zeros after the end."""
     return F.pad(x.float(), (0, 0) * 3 + (0, -x.shape[1] % chunk)).unflatten(1, (-1, chunk)).movedim(2, -2)
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, chunk: int = 64) -> Tensor:
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, chunk: int = LINEAR_CHUNK) -> Tensor:
     """y_t = sum_(j <= t) (f(q_t).f(k_j)) v_j / sum_(j <= t) f(q_t).f(k_j), f = elu + 1, j in t's document: q
     [B, T, H, K], k and v [B, T, G, K] -> [B, T, H, K]. Katharopoulos et al. 2020; LINEAR_LAYERS (PR #298 names it).
 
@@ -4107,14 +4110,17 @@ def effective_weights(model: GPT, sizes: Mapping[str, int]) -> int:
 def flops_per_token(cfg: Config, looping: bool) -> float:
     """Model FLOPs of a training token: 6 x matrix weights applied (every visit, head included) + 6 T H K a visit.
 
-    Of a routed visit: c of the first, c^2 of the second (c T tokens see c T keys), and the router's 6 D.
+    Of a routed visit: c of the first, c^2 of the second (c T tokens see c T keys), and the router's 6 D. Linear
+    attention costs what T = 2 (C + K) would, for chunks of C.
     """
     width, hidden = cfg.model_dim, int(cfg.model_dim * cfg.mlp_mult)
     layer = width * (2 * width + 2 * cfg.num_kv_heads * cfg.head_dim + 2 * hidden)
     total = width * cfg.vocab_size
     for visit in schedule(cfg, looping):
         share, count = visit.capacity, visits_of(cfg, visit.layer).flops
-        total += count * share * (layer + share * cfg.train_seq_len * width) + len(visit.route) * width
+        linear_ = visit.layer in listed_layers(cfg, cfg.linear_layers)
+        span = 2 * (LINEAR_CHUNK + cfg.head_dim) if linear_ else cfg.train_seq_len
+        total += count * share * (layer + share * span * width) + len(visit.route) * width
     return 6 * total
 
 

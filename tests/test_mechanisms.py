@@ -493,6 +493,13 @@ def test_self_calibration_exports(corpus, tmp_path):
     assert set(fisher) - set(hessians) == {"embed", "values.table"} and result["calibration_text_seconds"] > 0
 
 
+def test_flops_of_linear_attention():
+    """It costs as much as softmax attention over 2 (C + K) tokens, whatever the length."""
+    cfg = config(num_loops=0, linear_layers="1", train_seq_len=512, train_batch_tokens=512)
+    less = tg.flops_per_token(replace(cfg, linear_layers=""), False) - tg.flops_per_token(cfg, False)
+    assert less == 6 * 64 * (512 - 2 * (64 + 16))
+
+
 # ---- the presets ----------------------------------------------------------------------------------------------------
 
 

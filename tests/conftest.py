@@ -103,7 +103,7 @@ def tiny_values(preset: str) -> dict[str, Any]:
         num_layers=2 if full.num_passes > 1 else 6 if full.loops else min(6, full.num_layers),
         num_loops=min(3, full.num_loops), recur_layers="2,3" if full.recur_layers else "",
         parallel_start_layer=min(4, full.parallel_start_layer), k_rank=min(8, full.k_rank),
-        bigram_vocab_size=min(97, full.bigram_vocab_size), bigram_dim=8, ve_dim=8,
+        bigram_vocab_size=min(97, full.bigram_vocab_size),
         loop_start=2, loop_end=3, parallel_residual_start=3 if full.parallel_residual_start >= 0 else -1,
         adapter_rank=min(8, full.adapter_rank), lora_rank_attn=8, lora_rank_mlp=4,
         xsa_last_n=min(6, full.xsa_last_n), rope_dims=8 if full.rope_dims else 0, train_seq_len=32, eval_seq_len=32,

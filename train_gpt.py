@@ -2714,12 +2714,15 @@ def inner_steps(gram: Tensor, rate: Tensor, same: Tensor) -> Tensor:
     return 1 / (sums.mT * same.tril()).amax(-1, keepdim=True).clamp_min(1.0)
 
 
+LINEAR_CHUNK = 64  # tokens of a chunk of linear attention
+
+
 def in_chunks(x: Tensor, chunk: int) -> Tensor:
     """[B, T, G, H/G, n] -> fp32 [B, N, G, H/G, C, n], zeros after the end."""
     return F.pad(x.float(), (0, 0) * 3 + (0, -x.shape[1] % chunk)).unflatten(1, (-1, chunk)).movedim(2, -2)
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, chunk: int = 64) -> Tensor:
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, chunk: int = LINEAR_CHUNK) -> Tensor:
     """y_t = sum_(j <= t) (f(q_t).f(k_j)) v_j / sum_(j <= t) f(q_t).f(k_j), f = elu + 1, j in t's document: q
     [B, T, H, K], k and v [B, T, G, K] -> [B, T, H, K]. Katharopoulos et al. 2020; LINEAR_LAYERS (PR #298 names it).
 
@@ -2727,7 +2730,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, chunk
     denominator's. Cost a token and a head: C K + K^2 instead of T K. Not softmax attention at the start: it has no
     sharp maximum. Effect on a CPU: docs/experiments.md; not measured on a GPU yet.
     """
-    time, heads = q.shape[1:3]
+    (time, heads), kind = q.shape[1:3], q.dtype
     docs = torch.zeros_like(q[..., 0, 0]) if docs is None else docs
     docs = in_chunks(docs[:, :, None, None, None], chunk)
     v = F.pad(v, (0, 1), value=1.0)
@@ -2737,7 +2740,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, chunk
     kept = torch.eye(k.shape[-1], device=k.device) * (last == before)
     W = AffineScan.apply(kept, v.mT @ (k * (docs == last))).mT
     z = (q @ W) * (docs == before) + ((q @ k.mT) * same.tril()) @ v
-    y = (z[..., :-1] / z[..., -1:].clamp_min(1e-6)).to(q.dtype)
+    y = (z[..., :-1] / z[..., -1:].clamp_min(1e-6)).to(kind)
     return y.movedim(-2, 2).flatten(1, 2)[:, :time].reshape(len(q), time, heads, -1)
 
 
@@ -4142,14 +4145,17 @@ def effective_weights(model: GPT, sizes: Mapping[str, int]) -> int:
 def flops_per_token(cfg: Config, looping: bool) -> float:
     """Model FLOPs of a training token: 6 x matrix weights applied (every visit, head included) + 6 T H K a visit.
 
-    Of a routed visit: c of the first, c^2 of the second (c T tokens see c T keys), and the router's 6 D.
+    Of a routed visit: c of the first, c^2 of the second (c T tokens see c T keys), and the router's 6 D. Linear
+    attention costs what T = 2 (C + K) would, for chunks of C.
     """
     width, hidden = cfg.model_dim, int(cfg.model_dim * cfg.mlp_mult)
     layer = width * (2 * width + 2 * cfg.num_kv_heads * cfg.head_dim + 2 * hidden)
     total = width * cfg.vocab_size
     for visit in schedule(cfg, looping):
         share, count = visit.capacity, visits_of(cfg, visit.layer).flops
-        total += count * share * (layer + share * cfg.train_seq_len * width) + len(visit.route) * width
+        linear_ = visit.layer in listed_layers(cfg, cfg.linear_layers)
+        span = 2 * (LINEAR_CHUNK + cfg.head_dim) if linear_ else cfg.train_seq_len
+        total += count * share * (layer + share * span * width) + len(visit.route) * width
     return 6 * total
 
 
@@ -5012,7 +5018,7 @@ class KVCache:
 
 
 def by_token(cfg: Config) -> bool:
-    """Whether all but attention reads a token and the one before it at most, so that cached keys and values suffice."""
+    """Whether all but attention reads a token and the two before it at most, so that cached keys and values suffice."""
     wider = (cfg.use_selective_state, cfg.use_resonant_encoding, cfg.linear_layers, cfg.ttt_linear_layers)
     return not (any(wider) or any(capacities(cfg)) or cfg.deq_layer >= 0)
 
@@ -5032,7 +5038,7 @@ def growing(model: GPT, length: int, looping: bool) -> Iterator[Callable[[Tensor
             return model.hidden(ids, looping)[:, -1:]
         here = slice(ids.shape[1] - 1, ids.shape[1])
         values = None if model.values is None else model.parts["values"](model.values, ids[:, -1:], model.dtype)
-        x = model.parts["embed"](model, ids[:, -2:])[:, -1:]
+        x = model.parts["embed"](model, ids[:, -3:])[:, -1:]
         return model.walk(x, tuple(table[here] for table in rope), None, values, visits)
 
     try:

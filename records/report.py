@@ -1268,7 +1268,11 @@ PER_RUN = {"seed", "run_id", "runs_dir", "resume", "data_dir", "data_path", "tok
 # Which mechanism a configuration uses, and the pull request of the challenge that brought it.
 ATTRIBUTION: tuple[tuple[str, str, Callable[[dict], bool]], ...] = (
     ("GPTQ, quantized embedding", "#1394", lambda c: bool(c.get("gptq"))),
-    ("depth recurrence", "#1204, #1493", lambda c: bool(c.get("num_loops"))),
+    ("depth recurrence", "#1204, #1493", lambda c: any(c.get(name) for name in ("num_loops", "recur_layers"))),
+    ("passes over all layers", "#298", lambda c: c.get("num_passes", 1) > 1),
+    ("two lanes", "#1204, #1435", lambda c: bool(c.get("parallel_start_layer"))),
+    ("hashed bigrams", "#1435", lambda c: bool(c.get("bigram_vocab_size"))),
+    ("value embeddings", "#1435", lambda c: bool(c.get("ve_layers"))),
     ("parallel residuals", "#1204, #1412", lambda c: c.get("parallel_residual_start", -1) >= 0),
     ("leaky squared ReLU", "#549", lambda c: bool(c.get("mlp_slope"))),
     ("exclusive self-attention", "#198, #1019", lambda c: bool(c.get("xsa_last_n"))),

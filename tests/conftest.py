@@ -55,7 +55,7 @@ MECHANISMS = {
     "equilibrium": dict(deq_layer=1),
     "equilibrium_looped": dict(deq_layer=3, deq_grad="ift"),
     "equilibrium_unrolled": dict(deq_layer=5, deq_grad="unroll", deq_solver="picard"),
-    "lanes": dict(parallel_start_layer=2, recur_layers="1,3,3", pass_controls=True, skip_over="visits"),
+    "lanes": dict(parallel_start_layer=2, recur_layers="2,3,3", pass_controls=True, skip_over="visits"),
     "passes": dict(num_passes=2, num_layers=4, skip_over="visits", skip_kind="add", k_rank=8, input_table=True),
     "linear_experts": dict(linear_layers="1,-1", use_eigenspace_routing=True, pack_docs=True),
     "carries": dict(
@@ -103,7 +103,7 @@ def tiny_values(preset: str) -> dict[str, Any]:
         num_layers=2 if full.num_passes > 1 else 6 if full.loops else min(6, full.num_layers),
         num_loops=min(3, full.num_loops), recur_layers="2,3" if full.recur_layers else "",
         parallel_start_layer=min(4, full.parallel_start_layer), k_rank=min(8, full.k_rank),
-        bigram_vocab_size=min(97, full.bigram_vocab_size), bigram_dim=8, ve_dim=8,
+        bigram_vocab_size=min(97, full.bigram_vocab_size),
         loop_start=2, loop_end=3, parallel_residual_start=3 if full.parallel_residual_start >= 0 else -1,
         adapter_rank=min(8, full.adapter_rank), lora_rank_attn=8, lora_rank_mlp=4,
         xsa_last_n=min(6, full.xsa_last_n), rope_dims=8 if full.rope_dims else 0, train_seq_len=32, eval_seq_len=32,

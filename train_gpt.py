@@ -5701,13 +5701,18 @@ def side_contexts(counts: Mapping[str, int]) -> np.ndarray:
 
 
 def side_by_side(rows: list[list]) -> dict[tuple[int, int], list[str]]:
-    """(states, columns) -> names of the matrices of one codec and width: all their rows are coded together, column
-    after column, since along a row the state, and with it the context, follows from the integers before."""
+    """(states, columns) -> names of the matrices of one codec and width, which are coded together."""
     found: dict[tuple[int, int], list[str]] = {}
     for name, shape, codec in rows:
         if codec in CODECS:
             found.setdefault((CODECS[codec], shape[1]), []).append(name)
     return found
+
+
+def laid_out(table: np.ndarray, modelled: bool) -> np.ndarray:
+    """Rows [r, c] of matrices side by side as [steps, symbols of a step]. For ``ans`` a step is a column: along a row
+    the state, and with it the context, follows from the integers before. Dictionary coders do 3 % better on rows."""
+    return table.T if modelled else table.reshape(1, -1)
 
 
 def split_wide(q: np.ndarray) -> tuple[np.ndarray, list[bytes]]:
@@ -5755,11 +5760,12 @@ def pack(cfg: Config, stored: Mapping[str, Any], looping: bool, quick: bool = Fa
             for name, v in stored.items()]  # fmt: skip
     parts = {name: byte_parts(value, coder.modelled) for name, value in stored.items()}
     integers, contexts, steps = [np.zeros(0, np.int16)], [np.zeros(0, np.uint8)], []
-    for (_, columns), together in side_by_side(rows).items():
-        q, context = (np.concatenate([parts[name][i] for name in together]).T for i in (1, 2))
+    for together in side_by_side(rows).values():
+        tables = [np.concatenate([parts[name][i] for name in together]) for i in (1, 2)]
+        q, context = (laid_out(table, coder.modelled) for table in tables)
         integers.append(q.ravel())
         contexts.append(context.ravel())
-        steps += columns * [q.shape[1]]
+        steps += len(q) * [q.shape[1]]
     data, wide = split_wide(np.concatenate(integers))
     context = np.concatenate(contexts) >> coarseness(len(data))
     joined = [b"".join(kind) for kind in zip(*(side for side, _, _ in parts.values()), strict=True)] + wide
@@ -5880,12 +5886,12 @@ def open_integers(coder: Compressor, streams: list[bytes], count: int) -> AnsDec
         return Symbols(b"".join(pool.map(functools.partial(decoded, coder), streams, empty)))
 
 
-def read_columns(
+def read_steps(
     symbols: AnsDecoder | Symbols, states: int, contexts: np.ndarray, odd: int, wide: np.ndarray
 ) -> tuple[np.ndarray, int]:
-    """Integers int16 [c, r] of matrices side by side, and how many wide ones were among them.
+    """Integers int16 of matrices as they are laid out, and how many wide ones were among them.
 
-    The decoder of the trellis is this state machine: contexts [c, r], plus ``odd`` where a row is in an odd state.
+    The decoder of the trellis is this state machine: its contexts are the given ones, plus ``odd`` in odd states.
     """
     q, used, follow = np.empty(contexts.shape, np.int16), 0, machine(states)
     state = np.zeros(contexts.shape[1], np.uint8)
@@ -5923,10 +5929,11 @@ def _read_body(header: dict, body: bytes) -> dict[str, Any]:
     symbols, halvings = open_integers(coder, streams, counts["int"]), coarseness(counts["int"])
     wide = np.stack([side["wide_low"], side["wide_high"]], 1).view("<i2").ravel()
     for (states, _), names in side_by_side(header["tensors"]).items():
-        contexts = np.concatenate([levels(*stored[name]) >> halvings for name in names]).T
-        q, used = read_columns(symbols, states, contexts, LEVELS >> halvings, wide)
+        contexts = np.concatenate([levels(*stored[name]) >> halvings for name in names])
+        q, used = read_steps(symbols, states, laid_out(contexts, coder.modelled), LEVELS >> halvings, wide)
+        q = laid_out(q, coder.modelled).reshape(contexts.shape)
         wide, ends = wide[used:], np.cumsum([len(stored[name][0]) for name in names])[:-1]
-        for name, own in zip(names, np.split(q.T, ends), strict=True):
+        for name, own in zip(names, np.split(q, ends), strict=True):
             row, col = (torch.from_numpy(part.copy()) for part in stored[name][:2])
             stored[name] = Quantized(torch.from_numpy(own.copy()), row, col, states)
     symbols.end()

@@ -866,7 +866,7 @@ def help_text() -> str:
         if meta["group"] != group:
             group = meta["group"]
             lines += ["", f"{group}:"]
-        span = "|".join(meta["choices"]) or " ".join(
+        span = "|".join(map(str, meta["choices"])) or " ".join(
             f"{sign}{bound:g}" for sign, bound in ((">=", meta["lo"]), ("<=", meta["hi"])) if bound is not None
         )
         default = int(field.default) if isinstance(field.default, bool) else field.default

@@ -777,7 +777,7 @@ def check_knob(name: str, field: dataclasses.Field, value: Any) -> Any:
     if type(value) is not type(field.default):
         raise UserError(f"{name}={value!r} is no {type(field.default).__name__}")
     if choices and value not in choices:
-        raise UserError(f"{name}={value!r} is none of {', '.join(choices)}")
+        raise UserError(f"{name}={value!r} is none of {', '.join(map(str, choices))}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name}={value} must be finite")
     if (lo is not None and value < lo) or (hi is not None and value > hi):

@@ -266,7 +266,7 @@ def test_help_lists_every_knob(capsys):
     text = capsys.readouterr().out
     for name, field in tg.knobs().items():
         line = next(line for line in text.splitlines() if line.split()[:1] == [name])
-        assert field.metadata["text"] in line and "|".join(field.metadata["choices"]) in line
+        assert field.metadata["text"] in line and "|".join(map(str, field.metadata["choices"])) in line
     assert all(f"  {name} " in text for name in PRESETS)
 
 

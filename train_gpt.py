@@ -1721,12 +1721,16 @@ def linear(name: str, fan_in: int, fan_out: int, init: str = "orthogonal", kind:
 
 
 def layer_map(cfg: Config, turns: int, name: str, fan_in: int, fan_out: int, init: str = "orthogonal") -> LinearMap:
-    """A matrix of a layer that runs ``turns`` times, ``name`` = blocks.LAYER.PART.MAP: dense, or as SEED_MAPS says."""
+    """A matrix of a layer that runs ``turns`` times, ``name`` = blocks.LAYER.PART.MAP: dense, or as SEED_MAPS says.
+
+    K_RANK (PR #298: 32 of 192): a dense key map as a product of two factors, a SeededLinear without a basis: r (fan_in +
+    fan_out) weights instead of fan_in fan_out, its product formed once a visit. Effect on a CPU: docs/experiments.md.
+    """
     part, layers = name.split(".")[-1], listed_layers(cfg, cfg.seed_layers)
     if part not in seeded_maps(cfg) or (layers and int(name.split(".")[1]) not in layers):
-        low = part == "k" and cfg.k_rank  # PR #298's W = B A: two factors and no basis
-        how = (Seeding("none", 0, cfg.k_rank, 0.0, 1, False),)
-        return linear(name, fan_in, fan_out, init, *(("seeded", *how) if low else ("dense",)))
+        if part == "k" and cfg.k_rank:
+            return linear(name, fan_in, fan_out, init, "seeded", Seeding("none", 0, cfg.k_rank, 0.0, 1, False))
+        return linear(name, fan_in, fan_out, init)
     rank = cfg.adapter_rank or getattr(cfg, MAP_RANKS[part])
     how = Seeding(cfg.seed_basis, cfg.basis_seed, rank, cfg.lora_alpha, turns if cfg.seed_per_visit else 1,
                   cfg.seed_scale == "row")  # fmt: skip

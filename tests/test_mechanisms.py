@@ -148,16 +148,21 @@ def test_skips_over_visits():
                 kept |= {visit.place} if visit.keep else set()
 
 
-def test_matrices_that_wait_do_not_decay(corpus):
-    """Before the switch the carries have no gradient: neither decay nor momentum moves them, and then they learn."""
+def test_matrices_that_wait_do_not_decay(corpus, tmp_path):
+    """Before the switch the carries have no gradient: neither decay nor momentum moves them; then they learn. A run
+    resumed before the switch goes on as it would have."""
     cfg = config(use_selective_state=True, use_td_recurrence=True, enable_looping_at=0.5, **corpus.knobs())
-    trainer = trainer_of(cfg)
+    trainer = trainer_of(cfg, tmp_path)
     before = {name: param.detach().clone() for name, param in trainer.model.named_parameters()}
     run_steps(trainer, 2, 8)
     moved = {name for name, param in trainer.model.named_parameters() if not torch.equal(param, before[name])}
     assert moved and not [name for name in moved if name.startswith("carries.")]
-    for step in range(4, 8):
-        trainer.train_step(trainer.stream.batch(4 * step, 4), step / 8)
+    trainer.save()
+    again = trainer_of(cfg, tmp_path)
+    again.resume()
+    for step, one in itertools.product(range(4, 8), (trainer, again)):
+        one.train_step(trainer.stream.batch(4 * step, 4), step / 8)
+    assert all(map(torch.equal, trainer.model.parameters(), again.model.parameters()))
     moved = {name for name, param in trainer.model.named_parameters() if not torch.equal(param, before[name])}
     assert {name for name in before if name.startswith("carries.")} <= moved
 

@@ -1723,8 +1723,8 @@ def linear(name: str, fan_in: int, fan_out: int, init: str = "orthogonal", kind:
 def layer_map(cfg: Config, turns: int, name: str, fan_in: int, fan_out: int, init: str = "orthogonal") -> LinearMap:
     """A matrix of a layer that runs ``turns`` times, ``name`` = blocks.LAYER.PART.MAP: dense, or as SEED_MAPS says.
 
-    K_RANK (PR #298: 32 of 192): a dense key map as a product of two factors, a SeededLinear without a basis: r (fan_in +
-    fan_out) weights instead of fan_in fan_out, its product formed once a visit. Effect on a CPU: docs/experiments.md.
+    K_RANK (PR #298: 32 of 192): a dense key map as a product of two factors, a SeededLinear without a basis, of
+    r (fan_in + fan_out) weights; the product is formed once a visit. Effect on a CPU: docs/experiments.md.
     """
     part, layers = name.split(".")[-1], listed_layers(cfg, cfg.seed_layers)
     if part not in seeded_maps(cfg) or (layers and int(name.split(".")[1]) not in layers):
@@ -2864,6 +2864,9 @@ class ExpertMLP(MLP):
         return F.linear(act, down)
 
 
+MLPS: dict[str, type[MLP]] = {"plain": MLP, "experts": ExpertMLP}
+
+
 class LayerSpec(NamedTuple):
     """One row of the layer table: what is particular to a physical layer."""
 
@@ -2877,11 +2880,13 @@ class LayerSpec(NamedTuple):
     rho: float  # the constant of RESIDUAL_KIND
     linear: bool  # whether its attention is linear
     lanes: bool  # whether it knows two lanes
+    mlp: str
 
 
 def layer_table(cfg: Config) -> list[LayerSpec]:
     """The columns of the schedule that belong to physical layers, filled in one place."""
-    rows, visits = [], len(virtual_order(cfg, True))
+    rows, order = [], virtual_order(cfg, True)
+    on_lanes = order[lanes_from(cfg, order) :]
     for layer, capacity in enumerate(capacities(cfg)):
         parallel = "parallel" if 0 <= cfg.parallel_residual_start <= layer else "sequential"
         turns = 1 + cfg.repeats.count(layer)
@@ -2901,9 +2906,10 @@ def layer_table(cfg: Config) -> list[LayerSpec]:
                 values=layer in listed_layers(cfg, cfg.ve_layers),
                 capacity=capacity,
                 turns=turns,
-                rho=1.0 if cfg.residual_kind == "plain" else cfg.residual_scale or visits**-0.5,
+                rho=1.0 if cfg.residual_kind == "plain" else cfg.residual_scale or len(order) ** -0.5,
                 linear=layer in listed_layers(cfg, cfg.linear_layers),
-                lanes=0 < cfg.parallel_start_layer <= layer and not capacity and layer != cfg.deq_layer,
+                lanes=layer in on_lanes and not capacity and layer != cfg.deq_layer,
+                mlp="experts" if cfg.use_eigenspace_routing else "plain",
             )
         )
     return rows
@@ -2919,7 +2925,7 @@ class Block(nn.Module):
     def __init__(self, cfg: Config, layer: LayerSpec, name: str, backend: str):
         super().__init__()
         self.attn = Attention(cfg, layer, f"{name}.attn", backend)
-        self.mlp = (ExpertMLP if cfg.use_eigenspace_routing else MLP)(cfg, f"{name}.mlp", layer.turns)
+        self.mlp = MLPS[layer.mlp](cfg, f"{name}.mlp", layer.turns)
         self.attn_scale = nn.Parameter(torch.full((cfg.model_dim,), cfg.branch_scale_init))
         self.mlp_scale = nn.Parameter(torch.full((cfg.model_dim,), cfg.branch_scale_init))
         mix = torch.stack([torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim)])
@@ -3212,6 +3218,13 @@ def virtual_order(cfg: Config, looping: bool) -> list[int]:
     return layers[:last] + again + layers[last:]
 
 
+def lanes_from(cfg: Config, order: list[int]) -> int:
+    """Position from which on the stream has two lanes: PARALLEL_START_LAYER and all visits after it are of no lower
+    layer, so that the lanes stay open to the end."""
+    below = [at for at, layer in enumerate(order) if layer < cfg.parallel_start_layer]
+    return max(below, default=-1) + 1 if cfg.parallel_start_layer else len(order)
+
+
 def pass_bounds(cfg: Config, looping: bool) -> tuple[list[int], list[int]]:
     """First and last position of every pass over the repeated layers in the virtual order; without any the whole
     order is one pass. A pass goes from lower to higher layers."""
@@ -3245,7 +3258,7 @@ def skip_places(cfg: Config, order: list[int]) -> list[int]:
 
 def schedule(cfg: Config, looping: bool, exact: bool = False) -> tuple[Visit, ...]:
     """The visits of a forward pass. A skip joins its destination's last visit, from its source's last one before."""
-    order, shares, first = virtual_order(cfg, looping), capacities(cfg), cfg.parallel_start_layer
+    order, shares = virtual_order(cfg, looping), capacities(cfg)
     places, (begins, ends) = skip_places(cfg, order), pass_bounds(cfg, looping)
     last = {place: position for position, place in enumerate(places)}
     pairs = {last[place]: source for place, source in skip_pairs(cfg).items() if {place, source} <= set(last)}
@@ -3255,7 +3268,7 @@ def schedule(cfg: Config, looping: bool, exact: bool = False) -> tuple[Visit, ..
         turn, several = order[:position].count(layer), order.count(layer) > 1
         route = tuple(Route(turn if several else None, share, exact) for share in shares[layer][turn : turn + 1])
         number = begins.index(position) if position in begins else -1
-        lanes = first > 0 and min(order[position:]) >= first  # they stay open to the end
+        lanes = position >= lanes_from(cfg, order)
         visits.append(
             Visit(layer, pairs.get(position), position in kept, turn, route, place, number, position in ends, lanes)
         )

@@ -3259,6 +3259,7 @@ def skip_places(cfg: Config, order: list[int]) -> list[int]:
 def schedule(cfg: Config, looping: bool, exact: bool = False) -> tuple[Visit, ...]:
     """The visits of a forward pass. A skip joins its destination's last visit, from its source's last one before."""
     order, shares = virtual_order(cfg, looping), capacities(cfg)
+    opened = lanes_from(cfg, order)
     places, (begins, ends) = skip_places(cfg, order), pass_bounds(cfg, looping)
     last = {place: position for position, place in enumerate(places)}
     pairs = {last[place]: source for place, source in skip_pairs(cfg).items() if {place, source} <= set(last)}
@@ -3268,10 +3269,8 @@ def schedule(cfg: Config, looping: bool, exact: bool = False) -> tuple[Visit, ..
         turn, several = order[:position].count(layer), order.count(layer) > 1
         route = tuple(Route(turn if several else None, share, exact) for share in shares[layer][turn : turn + 1])
         number = begins.index(position) if position in begins else -1
-        lanes = position >= lanes_from(cfg, order)
-        visits.append(
-            Visit(layer, pairs.get(position), position in kept, turn, route, place, number, position in ends, lanes)
-        )
+        more = dict(place=place, begins=number, ends=position in ends, lanes=position >= opened)
+        visits.append(Visit(layer, pairs.get(position), position in kept, turn, route, **more))
     return tuple(visits)
 
 

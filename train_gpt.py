@@ -1741,12 +1741,16 @@ def linear(name: str, fan_in: int, fan_out: int, init: str = "orthogonal", kind:
 
 
 def layer_map(cfg: Config, turns: int, name: str, fan_in: int, fan_out: int, init: str = "orthogonal") -> LinearMap:
-    """A matrix of a layer that runs ``turns`` times, ``name`` = blocks.LAYER.PART.MAP: dense, or as SEED_MAPS says."""
+    """A matrix of a layer that runs ``turns`` times, ``name`` = blocks.LAYER.PART.MAP: dense, or as SEED_MAPS says.
+
+    K_RANK (PR #298: 32 of 192): a dense key map as a product of two factors, a SeededLinear without a basis, of
+    r (fan_in + fan_out) weights; the product is formed once a visit. Effect on a CPU: docs/experiments.md.
+    """
     part, layers = name.split(".")[-1], listed_layers(cfg, cfg.seed_layers)
     if part not in seeded_maps(cfg) or (layers and int(name.split(".")[1]) not in layers):
-        low = part == "k" and cfg.k_rank  # PR #298's W = B A: two factors and no basis
-        how = (Seeding("none", 0, cfg.k_rank, 0.0, 1, False),)
-        return linear(name, fan_in, fan_out, init, *(("seeded", *how) if low else ("dense",)))
+        if part == "k" and cfg.k_rank:
+            return linear(name, fan_in, fan_out, init, "seeded", Seeding("none", 0, cfg.k_rank, 0.0, 1, False))
+        return linear(name, fan_in, fan_out, init)
     rank = cfg.adapter_rank or getattr(cfg, MAP_RANKS[part])
     how = Seeding(cfg.seed_basis, cfg.basis_seed, rank, cfg.lora_alpha, turns if cfg.seed_per_visit else 1,
                   cfg.seed_scale == "row")  # fmt: skip
@@ -2880,6 +2884,9 @@ class ExpertMLP(MLP):
         return F.linear(act, down)
 
 
+MLPS: dict[str, type[MLP]] = {"plain": MLP, "experts": ExpertMLP}
+
+
 class LayerSpec(NamedTuple):
     """One row of the layer table: what is particular to a physical layer."""
 
@@ -2893,11 +2900,13 @@ class LayerSpec(NamedTuple):
     rho: float  # the constant of RESIDUAL_KIND
     linear: bool  # whether its attention is linear
     lanes: bool  # whether it knows two lanes
+    mlp: str
 
 
 def layer_table(cfg: Config) -> list[LayerSpec]:
     """The columns of the schedule that belong to physical layers, filled in one place."""
-    rows, visits = [], len(virtual_order(cfg, True))
+    rows, order = [], virtual_order(cfg, True)
+    on_lanes = order[lanes_from(cfg, order) :]
     for layer, capacity in enumerate(capacities(cfg)):
         parallel = "parallel" if 0 <= cfg.parallel_residual_start <= layer else "sequential"
         turns = 1 + cfg.repeats.count(layer)
@@ -2917,9 +2926,10 @@ def layer_table(cfg: Config) -> list[LayerSpec]:
                 values=layer in listed_layers(cfg, cfg.ve_layers),
                 capacity=capacity,
                 turns=turns,
-                rho=1.0 if cfg.residual_kind == "plain" else cfg.residual_scale or visits**-0.5,
+                rho=1.0 if cfg.residual_kind == "plain" else cfg.residual_scale or len(order) ** -0.5,
                 linear=layer in listed_layers(cfg, cfg.linear_layers),
-                lanes=0 < cfg.parallel_start_layer <= layer and not capacity and layer != cfg.deq_layer,
+                lanes=layer in on_lanes and not capacity and layer != cfg.deq_layer,
+                mlp="experts" if cfg.use_eigenspace_routing else "plain",
             )
         )
     return rows
@@ -2935,7 +2945,7 @@ class Block(nn.Module):
     def __init__(self, cfg: Config, layer: LayerSpec, name: str, backend: str):
         super().__init__()
         self.attn = Attention(cfg, layer, f"{name}.attn", backend)
-        self.mlp = (ExpertMLP if cfg.use_eigenspace_routing else MLP)(cfg, f"{name}.mlp", layer.turns)
+        self.mlp = MLPS[layer.mlp](cfg, f"{name}.mlp", layer.turns)
         self.attn_scale = nn.Parameter(torch.full((cfg.model_dim,), cfg.branch_scale_init))
         self.mlp_scale = nn.Parameter(torch.full((cfg.model_dim,), cfg.branch_scale_init))
         mix = torch.stack([torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim)])
@@ -3212,7 +3222,7 @@ class Visit(NamedTuple):
     route: tuple[Route, ...] = ()  # what a routed block is told beyond what every block is
     place: int = 0  # what skips know it by: its layer, or with SKIP_OVER=visits its position in the looped order
     begins: int = -1  # number of the pass over the repeated layers that begins before it; -1: none
-    ends: bool = False  # whether such a pass ends with it
+    inside: bool = False  # whether it belongs to such a pass
     lanes: bool = False  # whether the stream has two lanes
 
     @property
@@ -3228,13 +3238,20 @@ def virtual_order(cfg: Config, looping: bool) -> list[int]:
     return layers[:last] + again + layers[last:]
 
 
-def pass_bounds(cfg: Config, looping: bool) -> tuple[list[int], list[int]]:
-    """First and last position of every pass over the repeated layers in the virtual order; without any the whole
-    order is one pass. A pass goes from lower to higher layers."""
+def lanes_from(cfg: Config, order: list[int]) -> int:
+    """Position from which on the stream has two lanes: PARALLEL_START_LAYER and all visits after it are of no lower
+    layer, so that the lanes stay open to the end."""
+    below = [at for at, layer in enumerate(order) if layer < cfg.parallel_start_layer]
+    return max(below, default=-1) + 1 if cfg.parallel_start_layer else len(order)
+
+
+def pass_bounds(cfg: Config, looping: bool) -> list[int]:
+    """Positions in the virtual order at which the passes over the repeated layers begin, and at which the last of them
+    has ended; without repeated layers the whole order is one pass. A pass goes from lower to higher layers."""
     order, again = virtual_order(cfg, looping), cfg.repeats if looping else ()
     last = max(cfg.repeats, default=cfg.num_layers - 1)
     further = [at for at in range(last + 1, last + 1 + len(again)) if order[at] <= order[at - 1]]
-    return [min(cfg.repeats, default=0), *further], [*(at - 1 for at in further), last + len(again)]
+    return [min(cfg.repeats, default=0), *further, last + 1 + len(again)]
 
 
 def skip_pairs(cfg: Config) -> dict[int, int]:
@@ -3261,8 +3278,9 @@ def skip_places(cfg: Config, order: list[int]) -> list[int]:
 
 def schedule(cfg: Config, looping: bool, exact: bool = False) -> tuple[Visit, ...]:
     """The visits of a forward pass. A skip joins its destination's last visit, from its source's last one before."""
-    order, shares, first = virtual_order(cfg, looping), capacities(cfg), cfg.parallel_start_layer
-    places, (begins, ends) = skip_places(cfg, order), pass_bounds(cfg, looping)
+    order, shares = virtual_order(cfg, looping), capacities(cfg)
+    opened = lanes_from(cfg, order)
+    places, (*begins, end) = skip_places(cfg, order), pass_bounds(cfg, looping)
     last = {place: position for position, place in enumerate(places)}
     pairs = {last[place]: source for place, source in skip_pairs(cfg).items() if {place, source} <= set(last)}
     kept = {max(at for at, place in enumerate(places[:to]) if place == source) for to, source in pairs.items()}
@@ -3271,10 +3289,8 @@ def schedule(cfg: Config, looping: bool, exact: bool = False) -> tuple[Visit, ..
         turn, several = order[:position].count(layer), order.count(layer) > 1
         route = tuple(Route(turn if several else None, share, exact) for share in shares[layer][turn : turn + 1])
         number = begins.index(position) if position in begins else -1
-        lanes = first > 0 and min(order[position:]) >= first  # they stay open to the end
-        visits.append(
-            Visit(layer, pairs.get(position), position in kept, turn, route, place, number, position in ends, lanes)
-        )
+        more = dict(place=place, begins=number, inside=begins[0] <= position < end, lanes=position >= opened)
+        visits.append(Visit(layer, pairs.get(position), position in kept, turn, route, **more))
     return tuple(visits)
 
 
@@ -3884,7 +3900,7 @@ class ExitGate(Carry):
 
 
 def leave(x: Tensor, start: Tensor, live: Tensor) -> Tensor:
-    """The end of a pass: tokens that had left are as they were when it began. [..., T, D], live [..., T, 1]."""
+    """After a visit: tokens that have left are as they were when the pass began. [..., T, D], live [..., T, 1]."""
     return (start + live * (x.float() - start)).to(x.dtype)
 
 
@@ -3911,7 +3927,7 @@ CARRIES: dict[str, tuple[str, type[Carry]]] = {
 
 def carry_modules(cfg: Config) -> dict[str, Carry]:
     """Those that the configuration asks for and that some pass begins with: of one pass nothing is carried on."""
-    passes = len(pass_bounds(cfg, True)[0])
+    passes = len(pass_bounds(cfg, True)) - 1
     wanted = {name: make for name, (asked, make) in CARRIES.items() if getattr(cfg, asked)}
     return {name: make(cfg, passes) for name, make in wanted.items() if passes > make.first}
 
@@ -3998,7 +4014,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(BLOCKS[layer.kind](cfg, layer, f"blocks.{i}", backend) for i, layer in layers)
         self.skips = nn.ModuleDict({f"{s}_{d}": SKIPS[cfg.skip_kind](cfg) for d, s in skip_pairs(cfg).items()})
         self.carries = nn.ModuleDict(carry_modules(cfg))
-        self.register_buffer("turns", torch.arange(len(pass_bounds(cfg, True)[0]))[:, None], persistent=False)
+        self.register_buffer("turns", torch.arange(len(pass_bounds(cfg, True)))[:, None], persistent=False)
         self.lanes = LaneMerge() if schedule(cfg, True)[-1].lanes else None
         states = ((looping, exact) for looping in (False, True) for exact in (False, True))
         self.schedules = {state: schedule(cfg, *state) for state in states}
@@ -4042,7 +4058,7 @@ class GPT(nn.Module):
             else:  # a layer that knows one lane sees their mean, and both take what it changed
                 mean = x.mean(0)
                 x = x + (block.visit(self.parts, mean, x0, rope, docs, self.ops, values, *visit.route) - mean)
-            if visit.ends and "live" in memory:
+            if visit.inside and "live" in memory:
                 x = self.parts["leave"](x, memory["start"], memory["live"])
             if visit.keep:
                 kept[visit.place] = x
@@ -4553,7 +4569,7 @@ def token_bytes(cfg: Config) -> float:
     kept = ((visit.capacity * (1 + (visit.layer in inner) + 0.4 * visit.lanes), visits_of(cfg, visit.layer).memory,
              len(visit.route)) for visit in schedule(cfg, True))  # fmt: skip
     visits = sum(share * memory + 0.1 * routed for share, memory, routed in kept)  # a router keeps the stream as well
-    visits += 0.2 * sum(getattr(cfg, asked) for asked, _ in CARRIES.values()) * len(pass_bounds(cfg, True)[0])
+    visits += 0.2 * sum(getattr(cfg, asked) for asked, _ in CARRIES.values()) * len(pass_bounds(cfg, True))
     return 2 * ((10 + 2.5 * cfg.mlp_mult) * cfg.model_dim * visits + 4 * cfg.vocab_size)
 
 
@@ -6471,6 +6487,7 @@ def probe_exits(run: Run, model: GPT, val: ValStream, looping: bool) -> dict[str
     length = min(run.cfg.eval_seq_len, val.targets)
     count = max(1, min(run.cfg.val_batch_tokens, val.targets) // length)
     ids = val.tokens[: count * length].view(count, length).long().to(run.device)
+    again = {model.blocks[layer] for layer in run.cfg.repeats}  # after pass 0 they are visited in passes alone
     live: list[Tensor] = []
     shares: list[float] = []
 
@@ -6480,9 +6497,10 @@ def probe_exits(run: Run, model: GPT, val: ValStream, looping: bool) -> dict[str
         shares.extend(float(mask.float().mean()) for mask in live)
         return x, memory
 
-    def end(*args: Any) -> Tensor:
-        live.clear()
-        return leave(*args)
+    def block(module: Block, *stream: Any) -> Tensor:
+        if module not in again:
+            live.clear()
+        return visit_block(module, *stream)
 
     def some(x: Tensor, *rest: Any) -> Tensor:
         if not live:
@@ -6494,7 +6512,7 @@ def probe_exits(run: Run, model: GPT, val: ValStream, looping: bool) -> dict[str
     found, streams = {}, []
     for name, op in {"all": mlp, "staying": some}.items():
         with eager(model):
-            model.parts, model.ops = PARTS | {"begin_pass": begin, "leave": end}, PLAIN._replace(mlp=op)
+            model.parts, model.ops = PARTS | {"begin_pass": begin, "block": block}, PLAIN._replace(mlp=op)
             model.hidden(ids, looping)
             shares.clear()
             with stopwatch(run) as seconds:

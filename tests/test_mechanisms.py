@@ -106,22 +106,22 @@ def test_three_ways_to_repeat():
 
 
 PASSES = [
-    (dict(num_loops=0), True, [0], [2]),
-    (dict(num_loops=2), True, [1, 2, 3], [1, 2, 3]),
-    (dict(num_loops=2), False, [1], [1]),
-    (dict(num_passes=2), True, [0, 3], [2, 5]),
-    (dict(recur_layers="0,1,1"), True, [0, 2, 4], [1, 3, 4]),
+    (dict(num_loops=0), True, [0, 3]),
+    (dict(num_loops=2), True, [1, 2, 3, 4]),
+    (dict(num_loops=2), False, [1, 2]),
+    (dict(num_passes=2), True, [0, 3, 6]),
+    (dict(recur_layers="0,1,1"), True, [0, 2, 4, 5]),
 ]
 
 
-@pytest.mark.parametrize("values,looping,begins,ends", PASSES)
-def test_where_passes_begin(values, looping, begins, ends):
+@pytest.mark.parametrize("values,looping,bounds", PASSES)
+def test_where_passes_begin(values, looping, bounds):
     """A pass over the repeated layers begins where the order stops to rise, and the last one ends with the list."""
     cfg = config(**values)
-    assert tg.pass_bounds(cfg, looping) == (begins, ends)
+    assert tg.pass_bounds(cfg, looping) == bounds
     visits = tg.schedule(cfg, looping)
-    assert [at for at, visit in enumerate(visits) if visit.begins >= 0] == begins
-    assert [at for at, visit in enumerate(visits) if visit.ends] == ends
+    assert [at for at, visit in enumerate(visits) if visit.begins >= 0] == bounds[:-1]
+    assert [at for at, visit in enumerate(visits) if visit.inside] == list(range(bounds[0], bounds[-1]))
 
 
 def test_the_switch_by_step():
@@ -148,16 +148,21 @@ def test_skips_over_visits():
                 kept |= {visit.place} if visit.keep else set()
 
 
-def test_matrices_that_wait_do_not_decay(corpus):
-    """Before the switch the carries have no gradient: neither decay nor momentum moves them, and then they learn."""
+def test_matrices_that_wait_do_not_decay(corpus, tmp_path):
+    """Before the switch the carries have no gradient: neither decay nor momentum moves them; then they learn. A run
+    resumed before the switch goes on as it would have."""
     cfg = config(use_selective_state=True, use_td_recurrence=True, enable_looping_at=0.5, **corpus.knobs())
-    trainer = trainer_of(cfg)
+    trainer = trainer_of(cfg, tmp_path)
     before = {name: param.detach().clone() for name, param in trainer.model.named_parameters()}
     run_steps(trainer, 2, 8)
     moved = {name for name, param in trainer.model.named_parameters() if not torch.equal(param, before[name])}
     assert moved and not [name for name in moved if name.startswith("carries.")]
-    for step in range(4, 8):
-        trainer.train_step(trainer.stream.batch(4 * step, 4), step / 8)
+    trainer.save()
+    again = trainer_of(cfg, tmp_path)
+    again.resume()
+    for step, one in itertools.product(range(4, 8), (trainer, again)):
+        one.train_step(trainer.stream.batch(4 * step, 4), step / 8)
+    assert all(map(torch.equal, trainer.model.parameters(), again.model.parameters()))
     moved = {name for name, param in trainer.model.named_parameters() if not torch.equal(param, before[name])}
     assert {name for name in before if name.startswith("carries.")} <= moved
 
@@ -346,7 +351,7 @@ def exit_model(cfg: tg.Config) -> tg.GPT:
 
 def test_exits_are_for_good(corpus, validation):
     """A token that left is not changed by later passes and does not come back; computing its MLP or not is the same."""
-    cfg = config(use_adaptive_depth=True, val_batch_tokens=256, **corpus.knobs())
+    cfg = config(use_adaptive_depth=True, loop_start=0, val_batch_tokens=256, **corpus.knobs())
     model, seen = exit_model(cfg), []
     real = tg.PARTS["leave"]
     model.parts["leave"] = lambda x, start, live: seen.append((start, live, real(x, start, live))) or seen[-1][2]
@@ -355,7 +360,7 @@ def test_exits_are_for_good(corpus, validation):
         gone = (live == 0)[..., 0]
         assert ((live == 0) | (live == 1)).all() and 0 < gone.sum() < gone.numel()
         assert torch.equal(out[gone], start[gone]) and not torch.equal(out[~gone], start[~gone])
-    assert len(seen) == 2 and (seen[1][1] <= seen[0][1]).all()
+    assert len(seen) == 4 and all((late[1] <= early[1]).all() for early, late in itertools.pairwise(seen))
     model.parts["leave"] = real
     report = tg.probe(single(cfg), model, validation, True)["exits"]
     assert report["difference"] < 1e-5 and 0 < report["stays"][1] < report["stays"][0] < 1

@@ -645,6 +645,8 @@ def parse_knob(name: str, field: dataclasses.Field, text: str) -> Any:
         value = {"1": True, "0": False, "true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (ValueError, KeyError):
         wanted = "0 or 1" if kind is bool else f"a number ({kind.__name__})"
+        if field.metadata["choices"]:
+            wanted = f"one of {', '.join(map(str, field.metadata['choices']))}"
         raise UserError(f"{name}={text!r} is not {wanted}; {name}: {field.metadata['text']}") from None
     return check_knob(name, field, value)
 
@@ -655,7 +657,7 @@ def check_knob(name: str, field: dataclasses.Field, value: Any) -> Any:
     if type(value) is not type(field.default):
         raise UserError(f"{name}={value!r} is no {type(field.default).__name__}")
     if choices and value not in choices:
-        raise UserError(f"{name}={value!r} is none of {', '.join(choices)}")
+        raise UserError(f"{name}={value!r} is none of {', '.join(map(str, choices))}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name}={value} must be finite")
     if (lo is not None and value < lo) or (hi is not None and value > hi):
@@ -744,7 +746,7 @@ def help_text() -> str:
         if meta["group"] != group:
             group = meta["group"]
             lines += ["", f"{group}:"]
-        span = "|".join(meta["choices"]) or " ".join(
+        span = "|".join(map(str, meta["choices"])) or " ".join(
             f"{sign}{bound:g}" for sign, bound in ((">=", meta["lo"]), ("<=", meta["hi"])) if bound is not None
         )
         default = int(field.default) if isinstance(field.default, bool) else field.default

@@ -767,6 +767,8 @@ def parse_knob(name: str, field: dataclasses.Field, text: str) -> Any:
         value = {"1": True, "0": False, "true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (ValueError, KeyError):
         wanted = "0 or 1" if kind is bool else f"a number ({kind.__name__})"
+        if field.metadata["choices"]:
+            wanted = f"one of {', '.join(map(str, field.metadata['choices']))}"
         raise UserError(f"{name}={text!r} is not {wanted}; {name}: {field.metadata['text']}") from None
     return check_knob(name, field, value)
 
@@ -5191,7 +5193,7 @@ class Paths:
     """Viterbi search: for every row and state of the machine, the best integers so far that end in that state.
 
     ``past`` [rows, states, span]: each path's errors in the last columns, which no decision has settled yet. ``trail``:
-    of the same columns, the branch taken into each state and its integer, [rows, states] each.
+    of the same columns, the branch taken into each state and half its integer rounded down, [rows, states] each.
     """
 
     def __init__(self, like: Tensor, rows: int, states: int, span: int):
@@ -5201,35 +5203,36 @@ class Paths:
         self.past = like.new_zeros(rows * states, span)
         self.into = torch.from_numpy(machine(states)).long().argsort(stable=True).to(device)  # branches by their end
         self.first = torch.arange(0, rows * states, states, device=device)[:, None]
-        self.half = (torch.arange(states, device=device) % 2 / 2)[:, None]
-        self.parity = torch.arange(2, device=device)
+        self.least = torch.arange(states, device=device)[:, None] % 2 / 2 + torch.arange(2, device=device)
 
-    def extend(self, w: Tensor, step: Tensor, pivot: Tensor) -> None:
-        """One more column: w [rows, states] is what each path wants; step and pivot [rows, 1]. Each state has two
-        branches, to the nearest even and the nearest odd integer, and each next state keeps the cheaper way in."""
-        x = (w / step)[..., None]
-        k = 2 * ((x.clamp(1 - TOP, TOP - 1) - self.half - self.parity) / 2).round() + self.parity
-        error = (x - k - self.half) * (step / pivot)[..., None]
+    def extend(self, w: Tensor, step: Tensor, weight: Tensor) -> None:
+        """One more column: w [rows, states] is what each path wants, an error of a step [rows, 1] costs weight^2. Each
+        state has two branches, to the nearest even and the nearest odd integer 2 m + 0 or 1; each next state keeps the
+        cheaper way in."""
+        x = (w / step)[..., None] - self.least
+        m = (x / 2).round().clamp(-(TOP // 2), TOP // 2)
+        error = torch.sub(x, m, alpha=2) * weight[..., None]
         cost = (self.cost[..., None] + error.square()).flatten(1)
         self.cost, which = cost[:, self.into].unflatten(1, (self.states, 2)).min(2)
         branch = self.into.view(self.states, 2).expand(*which.shape, 2).gather(2, which[..., None])[..., 0]
         self.past = self.past.index_select(0, (self.first + (branch >> 1)).flatten())
         self.past[:, len(self.trail)] = error.flatten(1).gather(1, branch).flatten()
-        self.trail.append((branch, k.flatten(1).gather(1, branch)))
+        self.trail.append((branch, m.flatten(1).gather(1, branch)))
 
     def settle(self, count: int) -> tuple[Tensor, Tensor]:
         """(errors, integers) [rows, count] of the first columns held, as the best path has them; paths that differ
         there end, since the other columns are about to absorb these errors."""
-        state, integers = self.cost.argmin(1, keepdim=True), []
+        state, found = self.cost.argmin(1, keepdim=True), []
         past = self.past.unflatten(0, (-1, self.states))[:, :, :count]
         errors = past.take_along_dim(state[:, :, None], 1)
-        for branch, k in reversed(self.trail):
-            integers.append(k.gather(1, state))
-            state = branch.gather(1, state) >> 1
+        for branch, m in reversed(self.trail):
+            found.append((branch.gather(1, state), m.gather(1, state)))
+            state = found[-1][0] >> 1
+        branches, halves_ = (torch.cat(part[::-1], 1)[:, :count] for part in zip(*found, strict=True))
         self.cost.masked_fill_((past != errors).any(2), math.inf)
         self.cost -= self.cost.amin(1, keepdim=True)
         self.past, self.trail = self.past.roll(-count, 1), self.trail[count:]
-        return errors[:, 0], torch.cat(integers[::-1], 1)[:, :count]
+        return errors[:, 0], 2 * halves_ + (branches & 1)
 
 
 def gptq(
@@ -5254,12 +5257,13 @@ def gptq(
     wide = order[:, None, :].expand_as(W)
     W, col = W.gather(2, wide), col.gather(1, order)
     n, r, columns = W.shape
-    Q, begin, delay = torch.empty_like(W), 0, delay * (states > 1)
+    step = (row[:, :, None] * col[:, None, :]).permute(2, 0, 1)
+    weight = (step / U.diagonal(dim1=1, dim2=2).T[:, :, None]).reshape(columns, -1, 1)
+    Q, begin, delay, step = torch.empty_like(W), 0, delay * (states > 1), step.reshape(columns, -1, 1)
     paths = Paths(W, n * r, states, blocksize + delay)
     for i in range(columns):
         absorbed = paths.past[:, : i - begin].unflatten(0, (n, -1)) @ U[:, begin:i, i, None]
-        step, pivot = (part.reshape(-1, 1) for part in (row * col[:, i, None], U[:, i, i, None].expand(n, r)))
-        paths.extend(W[:, :, i].reshape(-1, 1) - absorbed.view(-1, states), step, pivot)
+        paths.extend(W[:, :, i].reshape(-1, 1) - absorbed.view(-1, states), step[i], weight[i])
         if i + 1 - begin == blocksize + delay or i + 1 == columns:
             end = begin + blocksize if i + 1 < columns else columns
             errors, integers = (part.reshape(n, r, -1) for part in paths.settle(end - begin))
@@ -5907,15 +5911,18 @@ def read_steps(
 ) -> tuple[np.ndarray, int]:
     """Integers int16 of matrices as they are laid out, and how many wide ones were among them.
 
-    The decoder of the trellis is this state machine: its contexts are the given ones, plus ``odd`` in odd states.
+    The decoder of the trellis is this state machine: its contexts are the given ones, plus ``odd`` in odd states. 36 M
+    integers take 1 s on one core, code and all.
     """
     q, used, follow = np.empty(contexts.shape, np.int16), 0, machine(states)
     state = np.zeros(contexts.shape[1], np.uint8)
     for column, context in zip(q, contexts, strict=True):
         column[:] = symbols.take(context + np.uint8(odd) * (state & 1)).view(np.int8)
         escaped = np.flatnonzero(column == ESCAPE)
-        column[escaped] = wide[used : used + len(escaped)]  # numpy refuses when too few are left
         used += len(escaped)
+        if used > len(wide):
+            raise ValueError("its wide integers are too few")
+        column[escaped] = wide[used - len(escaped) : used]
         state = follow[2 * state + (column & 1)]
     return q, used
 

@@ -78,11 +78,11 @@ CHOICES = [name for name, field in tg.knobs().items() if field.metadata["choices
 @pytest.mark.parametrize("name", CHOICES)
 def test_choices_are_closed(name):
     """A named value outside the list is refused, and the message gives the list."""
-    choices = tg.knobs()[name].metadata["choices"]
-    message = refused({name: "something_else" if isinstance(choices[0], str) else "3"})
-    assert all(str(choice) in message for choice in choices)
+    choices = [str(choice) for choice in tg.knobs()[name].metadata["choices"]]
+    message = refused({name: "something_else"})
+    assert all(choice in message for choice in choices)
     for choice in choices:
-        assert tg.parse_knob(name, tg.knobs()[name], str(choice)) == choice
+        assert str(tg.parse_knob(name, tg.knobs()[name], choice)) == choice
 
 
 def test_optimizers_accept_every_allowed_bound():

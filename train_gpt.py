@@ -258,7 +258,7 @@ class Config:
     min_lr: float = knob("train", 0.0, "floor of the learning rate multiplier", lo=0, hi=1)
     enable_looping_at: float = knob("train", 0.35, "fraction of the run at which the recurrence is switched on", lo=0)
     recur_start_step: int = knob("train", 0, "the same as a step; 0: ENABLE_LOOPING_AT decides", lo=0)
-    exit_penalty: float = knob("train", 0.003, "nats that a pass of a token costs under USE_ADAPTIVE_DEPTH", lo=0)
+    exit_penalty: float = knob("train", 0.0003, "nats that a pass of a token costs under USE_ADAPTIVE_DEPTH", lo=0)
     use_thermo_loss: bool = knob("train", False, "reward the entropy of the predictions, less and less")
     thermo_t_max: float = knob("train", 0.5, "its temperature at the start; 0.05 of it multiplies the entropy", lo=0)
     thermo_tau: float = knob("train", 0.72, "part of the run in which the temperature falls by e", lo=0.01, hi=100)
@@ -3023,6 +3023,7 @@ def two_lanes(block: Block, u: Tensor, n: Tensor, attention: Callable[[Tensor], 
     Challenge PR #1204 (-0.0022 bpb there); in #1435 each branch wrote to its own lane alone, so that the last MLPs
     never saw the last attentions. R starts as the identity and W as ones, so both lanes start as the plain stream.
     Added: 8 numbers a layer, a second stream to read and write. PARALLEL_RESIDUAL_START: both read before both write.
+    Effect on a CPU: none above the noise (docs/experiments.md); not measured on a GPU yet.
     """
     u = (block.shrink * u).to(u.dtype)
     write = block.lane_write[:, :, None, None, None]
@@ -3051,7 +3052,8 @@ class Universal(Block):
     DEPTH_EMBED: D_k [turns, D] joins the stream before visit k. STEP_GATES: 1 + tanh(G_k) multiplies what attention
     and MLP add, G [turns, 2, D]. Both start at zero: the identity. Cost: 3 D fp16 numbers a visit.
     PASS_CONTROLS (PR #298): attn_scale, mlp_scale [turns, D] and resid_mix [turns, 2, D] of each visit alone, which all
-    start as the layer's would: 4 D more numbers a further visit.
+    start as the layer's would: 4 D more numbers a further visit. Effect on a CPU: docs/experiments.md; not measured on
+    a GPU yet.
     """
 
     def __init__(self, cfg: Config, layer: LayerSpec, name: str, backend: str):
@@ -3087,7 +3089,8 @@ class Universal(Block):
 
 class InputTable(nn.Module):
     """e_t + F[id_t], F [V, D] a table of the input alone (PR #298 calls it value embeddings): it partly unties a tied
-    head. Starts as the identity, F = 0. Added: V D weights at EMBED_BITS."""
+    head. Starts as the identity, F = 0. Added: V D weights at EMBED_BITS. In a small tied model on a CPU it gained 0.07
+    nats (docs/experiments.md); not measured on a GPU yet."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -3261,7 +3264,7 @@ def skip_pairs(cfg: Config) -> dict[int, int]:
 
     The k-th layer of the second half takes the output of the k-th last of the first. The innermost pair would mix
     the stream with itself and is left out. SKIP_OVER=visits: the same of the looped order's visits, by position; in
-    PR #298's three layers the only pair of layers was the stream with itself.
+    PR #298's three layers the only pair of layers was the stream with itself. Effect on a CPU: docs/experiments.md.
     """
     if cfg.skip_kind == "none":
         return {}
@@ -3731,8 +3734,8 @@ class Routed(Universal):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Carries: what passes over the repeated layers tell the next one (PR #298, rebuilt; each alone on a CPU, none of them
-# above the noise: docs/experiments.md; not measured on a GPU yet)
+# Carries: what a pass over the repeated layers leaves to the next one (PR #298, rebuilt). Effects on a CPU, each alone:
+# docs/experiments.md; none was measured on a GPU yet
 # ----------------------------------------------------------------------------------------------------------------------
 
 CARRY_RANK, TD_DISCOUNT, TD_WEIGHT = 16, 0.9, 1e-3
@@ -3886,6 +3889,8 @@ class ExitGate(Carry):
     The choice is hard in training and evaluation alike, its gradient that of the probability (straight-through), and
     EXIT_PENALTY is what a pass costs a token that stays (ACT's ponder cost, Graves 2016). Starts at b = -2: all stay.
     PR #298's gate multiplies by g + (1 - g). What it saves is the MLP of those who left; ``probe_exits`` measures it.
+    On a CPU a cost of 0.003 sent nearly all tokens away and lost 0.035 nats, a tenth of it nothing above the noise, and
+    no time worth naming was saved (docs/experiments.md); not measured on a GPU yet.
     """
 
     def __init__(self, cfg: Config, passes: int):

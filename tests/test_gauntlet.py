@@ -1,5 +1,6 @@
 """gauntlet.sh: the plan, clean launches, failures, resuming, judging; a stand-in for train_gpt.py keeps it fast."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -126,16 +127,17 @@ def environment(home, **extra):
 
 
 def start(home, *arguments, script="gauntlet.sh", **extra):
+    """The process; SIGINT reaches it even if these tests run in a shell's background, where it is ignored."""
     command = [BASH, str(home / script), *arguments]
-    return subprocess.Popen(
-        command, env=environment(home, **extra), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=home
-    )
+    pipes = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, env=environment(home, **extra), cwd=home, preexec_fn=heeding, **pipes)
 
 
 def gauntlet(home, *arguments, **extra):
     """(exit code, output)"""
     process = start(home, *arguments, **extra)
-    out = process.communicate(timeout=60)[0]
+    out = process.communicate(timeout=180)[0]
     return process.returncode, out
 
 
@@ -261,7 +263,7 @@ def test_failures_are_named_and_do_not_stop_the_rest(home):
     assert work(home, "over-s1") == [1, 2, 3, 4] and "5 of 6" not in out and "2 of 6 runs done" in out
 
 
-def wait_for(condition, seconds=20):
+def wait_for(condition, seconds=60):
     end = time.time() + seconds
     while not condition():
         assert time.time() < end, "waited too long"
@@ -275,7 +277,7 @@ def test_interrupted_twice_it_repeats_no_work(home):
         trace = home / "runs/gauntlet/slow-s1/work.0"
         wait_for(lambda trace=trace, steps=steps: trace.exists() and len(trace.read_text().split()) >= steps)
         process.send_signal(number)
-        out = process.communicate(timeout=30)[0]
+        out = process.communicate(timeout=90)[0]
         assert process.returncode == 128 + number and "interrupted; the same command goes on" in out
         assert status(home, "slow-s1") == "interrupted" and not (home / "runs/gauntlet/last-s1").exists()
     code, out = gauntlet(home, *command)

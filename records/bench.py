@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""bench.py: times, side by side in one process.
+"""bench.py: measurements side by side in one process: times of steps and maps, the tax of quantizers.
 
     python records/bench.py speed PRESET=pr1783 'PRESET=pr1783 MOD_LAYERS=all MOD_CAPACITY=0.5' [--set NAME=VALUE ...]
     python records/bench.py speed PRESET=record --kernels 25
     python records/bench.py bases
+    python records/bench.py export runs/a runs/b runs/c --sizes 15990000 8000000      bytes of the artifact
+    python records/bench.py export runs/a --bits 3.6 1.8 --methods scalar ours        bits a stored weight
 
 speed: each argument is a configuration, variables as on a command line. No data is needed: a step's time does not
 depend on the text, so that documents of random tokens serve. Each configuration is built and compiled as a run would,
@@ -13,6 +15,10 @@ the causal rule. MFU is against this card's own 8192^3 product, measured before 
 
 bases: a random square matrix of a seeded map, applied to activations three ways: as a dense matrix, by its fast
 transform (log2 n passes, compiled), and by that transform as products with two small Hadamard matrices of about sqrt n.
+
+export: what trained weights lose in a file of equal size, by rounding to nearest, by SDClip and GPTQ (both with Brotli,
+as the seeds do it) and by ours. Each folder is a finished run (model.pt, result.json) whose data is where its settings
+say. Runs of several seeds give mean and standard deviation. All methods see the same weights, Hessians and Fisher sums.
 """
 
 from __future__ import annotations
@@ -222,6 +228,69 @@ def bases(args: argparse.Namespace) -> None:
         print(f"{order:>6} {1e3 * row['dense']:>10.3f} {1e3 * row['passes']:>10.3f} {1e3 * row['products']:>11.3f}")
 
 
+SEEDS = dict(quant_steps="sdclip", compressor="brotli", trellis_states=1)
+METHODS = {
+    "nearest": SEEDS | dict(gptq=False),
+    "sdclip": SEEDS,
+    "sdclip_ans": SEEDS | dict(compressor="ans"),
+    "scalar": dict(trellis_states=1),
+    "trellis4": dict(trellis_states=4),
+    "ours": {},
+    "trellis16": dict(trellis_states=16),
+}
+
+
+def taxes(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, float, float, float]]:
+    """(method at a size, tax in bpb, tax in nats, predicted nats) for one run."""
+    result = json.loads((folder / "result.json").read_text())
+    known = {field.name for field in dataclasses.fields(tg.Config)}
+    base = {name: value for name, value in result["config"].items() if name in known}
+    cfg, _ = tg.read_config({}, base=base | dict(weights="auto", val_tokens_limit=args.val_tokens))
+    run = tg.Run(cfg, tg.Launch(0, 1, 0))
+    trainer = tg.Trainer(run)
+    trainer.step, looping = result["steps"], cfg.loops
+    saved = torch.load(folder / "model.pt", weights_only=True, map_location=run.device)[result["weights"]]
+    state = {name: tensor.float() for name, tensor in saved.items()}
+    rows = tg.calibration_rows(trainer)
+    hessians, fisher = tg.calibrate(run, trainer.model, state, rows, looping, {})
+    val = tg.load_validation(cfg, tg.load_tokenizer(cfg))
+    windows = tg.plain_windows(val.targets, cfg.eval_seq_len)
+
+    def score(weights: dict) -> tg.Score:
+        with tg.swapped(trainer.model, weights):
+            return tg.evaluate(run, trainer.model, val, windows, looping)
+
+    whole, count = score(state), sum(tensor.numel() for tensor in state.values())
+    for size in args.sizes or [int(bits * count / 8) for bits in args.bits]:
+        for method in args.methods:
+            own, begin = dataclasses.replace(cfg, size_target=size, **METHODS[method]), time.perf_counter()
+            quantizer = tg.Quantizer(own, state, hessians if own.gptq else {}, fisher)
+            packed = tg.fit(own, quantizer, looping, 0)
+            seconds = time.perf_counter() - begin
+            found = score(tg.Artifact({}, looping, packed.stored).state())
+            predicted = sum(row["loss"] for row in tg.ledger(quantizer, packed.stored, quantizer.fisher).values())
+            tax = found.val_bpb - whole.val_bpb, found.val_loss - whole.val_loss
+            print(f"{folder.name} {method} bytes:{len(packed.blob)} tax_bpb:{tax[0]:.5f} tax_nats:{tax[1]:.5f} "
+                  f"predicted_nats:{predicted:.6f} packs:{packed.packs} seconds:{seconds:.1f}", flush=True)  # fmt: skip
+            yield f"{method} at {size}", *tax, predicted
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.5f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.5f}{deviation}"
+
+
+def export(args: argparse.Namespace) -> None:
+    found: dict[str, list] = {}
+    for folder in args.folders:
+        for key, *numbers in taxes(folder, args):
+            found.setdefault(key, []).append(numbers)
+    print("\n| method | tax, bpb | tax, nats | predicted, nats |\n| --- | --- | --- | --- |")
+    for key, rows in found.items():
+        print(f"| {key} | {' | '.join(spread(list(column)) for column in zip(*rows, strict=True))} |")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
@@ -236,6 +305,13 @@ def main() -> int:
     verb.add_argument("--orders", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192], metavar="N")
     verb.add_argument("--tokens", type=int, default=65536)
     verb.set_defaults(work=bases)
+    verb = verbs.add_parser("export", help="the quantization tax of finished runs at equal bytes")
+    verb.add_argument("folders", type=Path, nargs="+")
+    verb.add_argument("--sizes", type=int, nargs="+", help="bytes of the artifact")
+    verb.add_argument("--bits", type=float, nargs="+", default=[3.6, 1.8], help="bits a weight, if no sizes are told")
+    verb.add_argument("--methods", nargs="+", choices=METHODS, default=["nearest", "sdclip", "scalar", "ours"])
+    verb.add_argument("--val-tokens", type=int, default=0, help="score the first N validation tokens only")
+    verb.set_defaults(work=export)
     args = parser.parse_args()
     try:
         args.work(args)

@@ -144,9 +144,9 @@ def test_a_run_does_everything(ended, place):
 
 
 def test_the_exporters_are_compared(ended, place):
-    """tests/bench_export.py measures a finished run: a line and a row of the table for each method and rate."""
+    """bench.py export measures a finished run: a line and a row of the table for each method and rate."""
     words = (place.folder / "whole", "--bits", "3", "--methods", "nearest", "ours", "--val-tokens", "600")
-    bench = finish(start([sys.executable, ROOT / "tests/bench_export.py", *words], clean_env(), cwd=place.folder))
+    bench = finish(start([sys.executable, ROOT / "records/bench.py", "export", *words], clean_env(), cwd=place.folder))
     assert bench.code == 0, bench.err
     rows = re.findall(r"^whole (\w+) bytes:\d+ tax_bpb:\S+ tax_nats:\S+ predicted_nats:(\S+)", bench.out, re.M)
     assert [name for name, _ in rows] == ["nearest", "ours"] and bench.out.count("| ours at ") == 1

@@ -4,6 +4,8 @@
     python records/bench.py speed PRESET=pr1783 'PRESET=pr1783 MOD_LAYERS=all MOD_CAPACITY=0.5' [--set NAME=VALUE ...]
     python records/bench.py speed PRESET=record --kernels 25
     python records/bench.py bases
+    python records/bench.py effects PRESET=pr1783 --group mechanisms --seeds 1337 42 --set ITERATIONS=300 ...
+    python records/bench.py effects PRESET=record 'wide: MLP_MULT=5' 'hot: MATRIX_LR=0.07' --out tuning.jsonl
     python records/bench.py export runs/a runs/b runs/c --sizes 15990000 8000000      bytes of the artifact
     python records/bench.py export runs/a --bits 3.6 1.8 --methods scalar ours        bits a stored weight
 
@@ -15,6 +17,12 @@ the causal rule. MFU is against this card's own 8192^3 product, measured before 
 
 bases: a random square matrix of a seeded map, applied to activations three ways: as a dense matrix, by its fast
 transform (log2 n passes, compiled), and by that transform as products with two small Hadamard matrices of about sqrt n.
+
+effects: what each change of a base does to the loss at equal tokens, one short run after another in one process: the
+given changes and the rows of a group of gauntlet.txt that have the base's preset. Training only, the raw weights scored
+on plain windows of the validation text of DATA_PATH: for tuning, let that be text held out of the training text.
+Differences are within a seed. --out keeps a line for each run, and runs that it holds are not repeated; --part 1/2 and
+2/2 of the same file may share a GPU.
 
 export: what trained weights lose in a file of equal size, by rounding to nearest, by SDClip and GPTQ (both with Brotli,
 as the seeds do it) and by ours. Each folder is a finished run (model.pt, result.json) whose data is where its settings
@@ -39,7 +47,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import report
+
 import train_gpt as tg
 
 
@@ -228,6 +239,89 @@ def bases(args: argparse.Namespace) -> None:
         print(f"{order:>6} {1e3 * row['dense']:>10.3f} {1e3 * row['passes']:>10.3f} {1e3 * row['products']:>11.3f}")
 
 
+def changes(args: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """Name -> variables: the base, the rows of the groups that have its preset, the changes given."""
+    base = report.assignments([*args.set, *shlex.split(args.base)], "the base")
+    found = {"base": base}
+    for row in report.read_table(report.ROOT / "gauntlet.txt").rows.values():
+        if row.group in args.group and row.env.get("PRESET") == base.get("PRESET") and base | row.env != base:
+            found[row.name] = base | row.env
+    for text in args.changes:
+        name, colon, words = text.partition(":")
+        found[name.strip()] = base | report.assignments(shlex.split(words if colon else text), f"the change {text!r}")
+    return found
+
+
+def short_run(env: dict[str, str], seed: int) -> dict[str, Any]:
+    """Train from scratch and score the raw weights."""
+    begin = time.perf_counter()
+    cfg, _ = tg.read_config(env | {"SEED": str(seed), "MAX_WALLCLOCK_SECONDS": "0"})
+    trainer, count = tg.Trainer(tg.Run(cfg, tg.Launch(0, 1, 0))), cfg.train_batch_tokens // cfg.train_seq_len
+    run, val = trainer.run, tg.load_validation(cfg, tg.load_tokenizer(cfg))
+    with contextlib.redirect_stdout(sys.stderr):
+        trainer.warm_up()
+    built, loss = time.perf_counter() - begin, torch.zeros(())
+
+    def train() -> None:
+        nonlocal loss
+        for step in range(cfg.iterations):
+            rows = trainer.stream.batch(step * count, count).to(run.device, non_blocking=True)
+            loss, _ = trainer.train_step(rows, step / cfg.iterations)
+
+    seconds = timed(run, train)
+    windows = tg.plain_windows(val.targets, cfg.eval_seq_len)
+    score = tg.evaluate(run, trainer.model, val, windows, tg.looping_at(cfg, 1.0, cfg.iterations))
+    params = sum(param.numel() for param in trainer.model.parameters())
+    trainer.release()
+    return dict(seed=seed, nats=score.val_loss, bpb=score.val_bpb, train_loss=float(loss), params=params,
+                ms=1e3 * seconds / cfg.iterations, built_seconds=built, config=env)  # fmt: skip
+
+
+def effects_table(rows: list[dict[str, Any]]) -> str:
+    """Each change against the base of the same seed."""
+    runs: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        runs.setdefault(row["name"], {})[row["seed"]] = row
+    base, lines = runs.get("base", {}), []
+    for name, own in runs.items():
+        paired = [(row, base[seed]) for seed, row in own.items() if seed in base]
+        if not paired:
+            continue
+        gains = [row["bpb"] - control["bpb"] for row, control in paired]
+        added = paired[0][0]["params"] - paired[0][1]["params"]
+        slower = statistics.median(row["ms"] / control["ms"] for row, control in paired)
+        lines.append((statistics.mean(gains), [
+            name, f"{statistics.mean(row['bpb'] for row, _ in paired):.4f}", spread(gains), str(len(paired)),
+            f"{added:+,}", f"{slower:.3f}",
+        ]))  # fmt: skip
+    header = ["change", "bpb", "against the base", "seeds", "parameters", "step time"]
+    return report.markdown(header, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
+
+
+def effects(args: argparse.Namespace) -> None:
+    part, parts = map(int, args.part.split("/"))
+    lines = args.out.read_text().splitlines() if args.out and args.out.exists() else []
+    rows = [json.loads(line) for line in lines]
+    done = {(row["name"], row["seed"], json.dumps(row["config"], sort_keys=True)) for row in rows}
+    for name, env in list(changes(args).items())[part - 1 :: parts]:
+        torch._dynamo.reset()  # the compiler keeps a few versions of a function at most
+        for seed in args.seeds:
+            if (name, seed, json.dumps(env, sort_keys=True)) in done:
+                continue
+            try:
+                row = dict(name=name) | short_run(env, seed)
+            except tg.UserError as error:
+                print(f"{name}: {error}", flush=True)
+                break
+            print(f"{name} seed:{seed} bpb:{row['bpb']:.5f} nats:{row['nats']:.5f} ms:{row['ms']:.1f} "
+                  f"built:{row['built_seconds']:.1f}s", flush=True)  # fmt: skip
+            rows.append(row)
+            if args.out:
+                with open(args.out, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+    print("\n" + effects_table(rows))
+
+
 SEEDS = dict(quant_steps="sdclip", compressor="brotli", trellis_states=1)
 METHODS = {
     "nearest": SEEDS | dict(gptq=False),
@@ -305,6 +399,15 @@ def main() -> int:
     verb.add_argument("--orders", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192], metavar="N")
     verb.add_argument("--tokens", type=int, default=65536)
     verb.set_defaults(work=bases)
+    verb = verbs.add_parser("effects", help="what changes of a base do to the loss, by short runs")
+    verb.add_argument("base", metavar="'NAME=VALUE ...'")
+    verb.add_argument("changes", nargs="*", metavar="'NAME: VARIABLE=VALUE ...'")
+    verb.add_argument("--group", action="append", default=[], help="also the rows of this group of gauntlet.txt")
+    verb.add_argument("--seeds", type=int, nargs="+", default=[1337])
+    verb.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a variable of all runs")
+    verb.add_argument("--out", type=Path, help="a JSON line for each run; what it holds is not run again")
+    verb.add_argument("--part", default="1/1", metavar="I/N", help="every N-th change from the I-th on")
+    verb.set_defaults(work=effects)
     verb = verbs.add_parser("export", help="the quantization tax of finished runs at equal bytes")
     verb.add_argument("folders", type=Path, nargs="+")
     verb.add_argument("--sizes", type=int, nargs="+", help="bytes of the artifact")
@@ -315,9 +418,9 @@ def main() -> int:
     args = parser.parse_args()
     try:
         args.work(args)
-    except tg.UserError as error:
+    except (tg.UserError, report.ReportError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.code
+        return getattr(error, "code", 2)
     return 0
 
 

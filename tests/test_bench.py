@@ -63,3 +63,41 @@ def test_small_hadamards_are_the_transform(order, monkeypatch, capsys):
     assert torch.equal(basis.apply(x), x @ basis.dense().T)
     assert bench_main(monkeypatch, "bases", "--orders", order, "--tokens", 8) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_effects_are_against_the_same_seed(corpus, monkeypatch, tmp_path, capsys):
+    """Changes given and rows of a group; what --out holds is not run again; the table pairs runs by seed."""
+    (tmp_path / "gauntlet.txt").write_text(
+        "group | mine | own | yes | -\n"
+        "row | smear | mine | any | 1 | PRESET=record SMEAR_GATE=0 | -\n"
+        "row | other | mine | any | 1 | PRESET=naive | -\n"
+    )
+    monkeypatch.setattr(bench.report, "ROOT", tmp_path)
+    settings_ = [word for word in settings("record", iterations=3, **corpus.knobs()).split() if "PRESET" not in word]
+    shared = [part for word in settings_ for part in ("--set", word)]
+    out = tmp_path / "runs.jsonl"
+    words = (
+        "effects",
+        "PRESET=record",
+        "hot: MATRIX_LR=0.5",
+        "--group",
+        "mine",
+        "--seeds",
+        1,
+        2,
+        "--out",
+        out,
+        *shared,
+    )
+    assert bench_main(monkeypatch, *words) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["name"], row["seed"]) for row in rows] == [
+        ("base", 1), ("base", 2), ("smear", 1), ("smear", 2), ("hot", 1), ("hot", 2)
+    ]  # fmt: skip
+    text = capsys.readouterr().out
+    gain = sum(rows[4 + i]["bpb"] - rows[i]["bpb"] for i in (0, 1)) / 2
+    line = next(line for line in text.splitlines() if line.startswith("| hot"))
+    assert float(line.split("|")[3].split()[0]) == pytest.approx(gain, abs=1e-5) and gain
+    assert bench_main(monkeypatch, *words) == 0
+    assert len(out.read_text().splitlines()) == 6 and line in capsys.readouterr().out
+    assert bench_main(monkeypatch, "effects", "PRESET=record", "hot: MATRIX") == 2

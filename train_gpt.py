@@ -4573,10 +4573,9 @@ EMBED_INITS: dict[str, Callable] = {"normal": lambda *_: None, "spectral": spect
 
 def token_bytes(cfg: Config) -> float:
     """GPU memory of a training token: a visit keeps about 20 D values for the backward pass, as much again with a state
-    of TTT-Linear, 12 D more with linear attention (fp32), the head 4 V (bf16 logits, their gradient, slack)."""
-    inner, linear_ = (listed_layers(cfg, layers) for layers in (cfg.ttt_linear_layers, cfg.linear_layers))
-    more = {layer: (layer in inner) + 0.6 * (layer in linear_) for layer in range(cfg.num_layers)}
-    kept = ((visit.capacity * (1 + more[visit.layer] + 0.4 * visit.lanes), visits_of(cfg, visit.layer).memory,
+    of TTT-Linear, the head 4 V (bf16 logits, their gradient, slack)."""
+    inner = listed_layers(cfg, cfg.ttt_linear_layers)
+    kept = ((visit.capacity * (1 + (visit.layer in inner) + 0.4 * visit.lanes), visits_of(cfg, visit.layer).memory,
              len(visit.route)) for visit in schedule(cfg, True))  # fmt: skip
     visits = sum(share * memory + 0.1 * routed for share, memory, routed in kept)  # a router keeps the stream as well
     visits += 0.2 * sum(getattr(cfg, asked) for asked, _ in CARRIES.values()) * len(pass_bounds(cfg, True))

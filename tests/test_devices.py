@@ -27,9 +27,9 @@ FAR = "far"
 
 CARRIES = dict(use_compression_loss=True, linear_layers="1", use_eigenspace_routing=True, embed_init="spectral")
 LANES = dict(parallel_start_layer=2, ttt_linear_layers="1", ttt_linear_chunk=8, pack_docs=True, num_layers=4)
-SEEDS = dict(seed_maps="up", seed_per_visit=True, k_rank=8, muon_beta2=0.95, depth_embed=True)
+SEEDS = dict(seed_maps="up", seed_per_visit=True, k_rank=8, muon_beta2=0.95, depth_embed=True, bigram_dim=8, ve_dim=8)
 ROUTES = dict(num_layers=4, deq_layer=3, deq_slope_penalty=0.1, deq_max_iter_train=2, deq_phantom_steps=1, deq_tol=0.1,
-              deq_max_iter_eval=2, mod_rule="threshold", mod_balance_loss=0.1)  # fmt: skip
+              deq_max_iter_eval=1, deq_anderson_history=2, mod_rule="threshold", mod_balance_loss=0.1)  # fmt: skip
 VARIANTS = {"carries": ("pr298", CARRIES), "lanes": ("pr1435", LANES | SEEDS), "routes": ("mod", ROUTES)}
 
 aten = torch.ops.aten
@@ -137,9 +137,17 @@ def stages(tg, conftest, preset: str, values: dict):
         tg.ledger(quantizer, packed.stored, quantizer.fisher)
         kept["model"].load_state_dict(tg.unpack(packed.blob).state())
 
+    def weigh():
+        """A batch that is filled up scores what its own sequences do."""
+        runs = [conftest.single(conftest.replace(cfg, val_batch_tokens=tokens)) for tokens in (32, 96)]
+        alone, filled = (tg.mean_loss(one, kept["model"], rows, True) for one in runs)
+        assert abs(alone - filled) < 0.01, (alone, filled)
+
     yield "build", build
     yield "warm_up", lambda: kept["trainer"].warm_up()
     yield "train", lambda: [kept["trainer"].train_step(kept["rows"], fraction) for fraction in (0.0, 0.99)]
+    if preset == "pr298":  # one will do
+        yield "weigh", weigh
     yield "own_text", lambda: tg.self_generated(run, kept["model"], rows[:2, :4], True)
     yield "calibrate", lambda: kept.update(found=tg.calibrate(run, kept["model"], {}, rows[:2], True, {}))
     if not cfg.mod_layers:  # its tensors are like the others'

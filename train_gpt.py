@@ -65,6 +65,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 try:  # comes with torch's CUDA builds; without it the plain operations run
     import triton
@@ -3952,10 +3953,11 @@ class Visits(NamedTuple):
 
 
 def visits_of(cfg: Config, layer: int) -> Visits:
-    """A forward pass is a third of a visit's FLOPs, a product with its transposed Jacobian another third."""
+    """A forward pass is a third of a visit's FLOPs, a product with its transposed Jacobian another third; a penalty
+    on the slope is one more phantom step."""
     if layer != cfg.deq_layer:
         return Visits(1, 1)
-    depth, steps = cfg.deq_max_iter_train, cfg.deq_phantom_steps
+    depth, steps = cfg.deq_max_iter_train, cfg.deq_phantom_steps + (cfg.deq_slope_penalty > 0)
     return {
         "phantom": Visits(depth / 3 + steps, steps + 2),
         "ift": Visits(1 + 2 * depth / 3, 3),
@@ -4048,7 +4050,7 @@ class GPT(nn.Module):
 
     def walk(self, x: Tensor, rope, docs: Tensor | None, values: Tensor | None, visits: tuple[Visit, ...]) -> Tensor:
         """The embedded tokens x [B, T, D] through the schedule -> [B, T, D]."""
-        x0, kept, memory = x, {}, {}
+        x0, kept, memory = x.view_as(x), {}, {}  # another object: two arguments that are one are a graph of their own
         readers = FanOut.apply(x0, len(visits), self.parts["add_up"]) if wants_grad(x0) else (x0,) * len(visits)
         for visit, x0 in zip(visits, readers, strict=True):
             if self.carries and visit.begins >= 0:
@@ -5050,7 +5052,8 @@ def by_token(cfg: Config) -> bool:
 def growing(model: GPT, length: int, looping: bool) -> Iterator[Callable[[Tensor], Tensor]]:
     """A function of the text so far, ids [B, t] -> the stream of its last token [B, 1, D]; called for t = 1, 2, ...
 
-    With cached keys and values where ``by_token`` allows it, else by the whole text anew.
+    With cached keys and values where ``by_token`` allows it, else by the whole text anew; not by cuDNN, which makes
+    a plan for every length.
     """
     cfg, visits = model.cfg, model.schedules[looping, False]
     rope = rotary_table(length, cfg.rope_dims or cfg.head_dim, cfg.rope_base, cfg.train_seq_len, model.device)
@@ -5065,7 +5068,7 @@ def growing(model: GPT, length: int, looping: bool) -> Iterator[Callable[[Tensor
         return model.walk(x, tuple(table[here] for table in rope), None, values, visits)
 
     try:
-        with eager(model):
+        with eager(model), sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
             for layer, block in enumerate(model.blocks if by_token(cfg) else ()):
                 block.attn.attend = KVCache(sum(visit.layer == layer for visit in visits), length)
             yield last_of
@@ -5084,7 +5087,8 @@ def self_generated(run: Run, model: GPT, rows: Tensor, looping: bool) -> Tensor:
     (count, length), share = rows.shape, run.split(len(rows))
     chances = np.random.Generator(np.random.Philox(run.cfg.seed)).random((count, length), np.float32)
     ids = torch.zeros(count, length, dtype=torch.long, device=run.device)
-    for mine in torch.arange(share.start, share.stop).split(1024):
+    many = 1024 if by_token(run.cfg) else max(1, run.cfg.val_batch_tokens // length)
+    for mine in torch.arange(share.start, share.stop).split(many):
         text = torch.full((len(mine), 1), BOS, device=run.device)
         chance = torch.from_numpy(chances[mine.numpy()]).to(run.device)
         with growing(model, length, looping) as last_of:
@@ -6714,11 +6718,12 @@ def calibration_rows(trainer: Trainer) -> Tensor:
 
 @torch.no_grad()
 def mean_loss(run: Run, model: GPT, rows: Tensor, looping: bool) -> float:
-    """Mean nats a token over sequences [n, T+1]."""
+    """Mean nats a token over sequences [n, T+1], in the batches of ``score_windows``: the graphs serve both."""
     total = torch.zeros((), dtype=torch.float64, device=run.device)
-    share = run.split(len(rows))
-    for part in rows[share.start : share.stop].split(max(1, 32768 // rows.shape[1])):
-        total += model(*shifted(part.to(run.device)), looping).double().sum()
+    share, per = run.split(len(rows)), max(1, run.cfg.val_batch_tokens // (rows.shape[1] - 1))
+    for part in rows[share.start : share.stop].split(per):
+        index = torch.arange(per if run.device.type == "cuda" else len(part)).clamp(max=len(part) - 1)
+        total += model(*shifted(part[index].to(run.device)), looping)[: len(part)].double().sum()
     return float(run.sum(total)) / (len(rows) * (rows.shape[1] - 1))
 
 

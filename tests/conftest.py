@@ -75,7 +75,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share costly processes go to one worker: the files that start runs, and the scored artifacts."""
     for item in items:
         name = "rescored" if "rescored" in item.fixturenames else item.module.__name__
-        if name in ("rescored", "test_runs", "test_ranks", "test_gauntlet", "test_prepare", "test_deq"):
+        if name in ("rescored", "test_runs", "test_ranks", "test_gauntlet", "test_prepare", "test_deq", "test_devices"):
             item.add_marker(pytest.mark.xdist_group(name))
 
 

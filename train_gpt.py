@@ -366,6 +366,31 @@ PR1783 = dict(
     vocab_size=8192, xsa_last_n=11, qk_gain_init=5.5, num_loops=3, loop_start=3, loop_end=5, parallel_residual_start=5
 )  # fmt: skip
 
+# the challenge's baseline, from which its first entries come
+BASELINE = dict(
+    mlp_mult=2.0,
+    mlp_slope=0.0,
+    rope_dims=0,
+    qk_gain_init=1.5,
+    xsa_last_n=0,
+    ln_scale=False,
+    skip_kind="add",
+    parallel_residual_start=-1,
+    train_batch_tokens=524288,
+    matrix_lr=0.04,
+    scalar_lr=0.04,
+    tied_embed_lr=0.05,
+    embed_wd=0.0,
+    adam_wd=0.0,
+    muon_momentum=0.95,
+    muon_momentum_warmup_start=0.85,
+    muon_momentum_warmup_steps=500,
+    muon_row_normalize=False,
+    grad_clip_norm=0.0,
+    ema_decay=0.0,
+    matrix_bits=8,
+)
+
 PRESETS: dict[str, Preset] = {
     "record": Preset(
         "our best, tuned in token sprints (README): pr1783 with layers 3-5 run three times from the first step on, an "
@@ -386,34 +411,14 @@ PRESETS: dict[str, Preset] = {
     "naive": Preset(
         "the challenge's baseline: 9x512, squared ReLU MLP x2, Muon and AdamW, no recurrence. Differs: our exporter.",
         dict(
+            **BASELINE,
             vocab_size=1024,
             num_layers=9,
-            mlp_mult=2.0,
-            mlp_slope=0.0,
-            rope_dims=0,
-            qk_gain_init=1.5,
-            xsa_last_n=0,
-            ln_scale=False,
-            skip_kind="add",
-            parallel_residual_start=-1,
             num_loops=0,
             train_seq_len=1024,
             eval_seq_len=1024,
-            train_batch_tokens=524288,
             warmdown_frac=0.09,
-            matrix_lr=0.04,
-            scalar_lr=0.04,
-            tied_embed_lr=0.05,
             muon_wd=0.0,
-            embed_wd=0.0,
-            adam_wd=0.0,
-            muon_momentum=0.95,
-            muon_momentum_warmup_start=0.85,
-            muon_momentum_warmup_steps=500,
-            muon_row_normalize=False,
-            grad_clip_norm=0.0,
-            ema_decay=0.0,
-            matrix_bits=8,
             ttt_enabled=False,
         ),
     ),  # fmt: skip
@@ -513,23 +518,16 @@ PRESETS: dict[str, Preset] = {
         "PR #298: 3 blocks x 3 passes, width 768, and what it carries from pass to pass. Mended: causal, its parts do "
         "what they are named for and start as the identity, skips join other passes, true sliding windows.",
         dict(
+            **BASELINE,
             vocab_size=1024,
             num_layers=3,
             num_passes=3,
             enable_looping_at=0.0,
             model_dim=768,
             num_kv_heads=2,
-            mlp_mult=2.0,
-            mlp_slope=0.0,
-            rope_dims=0,
             rope_base=500000.0,
-            qk_gain_init=1.5,
             k_rank=32,
-            xsa_last_n=0,
-            ln_scale=False,
-            skip_kind="add",
             skip_over="visits",
-            parallel_residual_start=-1,
             pass_controls=True,
             input_table=True,
             tied_embed_init_std=0.0036,
@@ -541,24 +539,11 @@ PRESETS: dict[str, Preset] = {
             use_resonant_encoding=True,
             use_adaptive_depth=True,
             use_thermo_loss=True,
-            train_batch_tokens=524288,
             warmdown_frac=0.29,
-            matrix_lr=0.04,
             lora_a_lr=0.02,
             lora_b_lr=0.02,
-            scalar_lr=0.04,
-            tied_embed_lr=0.05,
             muon_wd=0.01,
             lora_wd=0.01,
-            embed_wd=0.0,
-            adam_wd=0.0,
-            muon_momentum=0.95,
-            muon_momentum_warmup_start=0.85,
-            muon_momentum_warmup_steps=500,
-            muon_row_normalize=False,
-            grad_clip_norm=0.0,
-            ema_decay=0.0,
-            matrix_bits=8,
         ),
     ),  # fmt: skip
     "demo": Preset(
@@ -1673,6 +1658,11 @@ class Seeding(NamedTuple):
     rows: bool
 
 
+def at(rows: Tensor, turn: Tensor) -> Tensor:
+    """What a visit or a pass has of its own: [turns, ...], int64 [1] -> [...]."""
+    return rows.index_select(0, turn)[0]
+
+
 class SeededLinear(LinearMap):
     """W_k = s_k R_k + (alpha / r) g B A: R from the map's name and a seed, never stored; A, B and s learned.
 
@@ -1729,7 +1719,7 @@ class SeededLinear(LinearMap):
             W = self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype)).float()
         if self.basis_scale is not None:
             turn = self.turn if len(self.base) > 1 else None
-            s, R = (t[0] if turn is None else t.index_select(0, turn)[0] for t in (self.basis_scale, self.base))
+            s, R = (t[0] if turn is None else at(t, turn) for t in (self.basis_scale, self.base))
             W = W + (self.unit * s) * R.float()
         return (W if scale is None else W * scale).to(dtype)
 
@@ -2729,6 +2719,15 @@ def in_chunks(x: Tensor, chunk: int) -> Tensor:
     return F.pad(x.float(), (0, 0) * 3 + (0, -x.shape[1] % chunk)).unflatten(1, (-1, chunk)).movedim(2, -2)
 
 
+def chunk_documents(q: Tensor, docs: Tensor | None, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Documents in the shape of ``in_chunks`` for q [B, T, H, K]: of each token [..., C, 1], of a chunk's last one, and
+    of the last one before it, which a state from there is of."""
+    docs = torch.zeros_like(q[..., 0, 0]) if docs is None else docs
+    docs = in_chunks(docs[:, :, None, None, None], chunk)
+    last = docs[..., -1:, :]
+    return docs, last, F.pad(last[:, :-1], (0, 0) * 4 + (1, 0))
+
+
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, chunk: int = LINEAR_CHUNK) -> Tensor:
     """y_t = sum_(j <= t) (f(q_t).f(k_j)) v_j / sum_(j <= t) f(q_t).f(k_j), f = elu + 1, j in t's document: q
     [B, T, H, K], k and v [B, T, G, K] -> [B, T, H, K]. Katharopoulos et al. 2020; LINEAR_LAYERS (PR #298 names it).
@@ -2738,12 +2737,10 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, chunk
     sharp maximum. Effect on a CPU: docs/experiments.md; not measured on a GPU yet.
     """
     (time, heads), kind = q.shape[1:3], q.dtype
-    docs = torch.zeros_like(q[..., 0, 0]) if docs is None else docs
-    docs = in_chunks(docs[:, :, None, None, None], chunk)
+    docs, last, before = chunk_documents(q, docs, chunk)
     v = F.pad(v, (0, 1), value=1.0)
     q, k, v = (in_chunks(x.unflatten(2, (k.shape[2], -1)), chunk) for x in (F.elu(q) + 1, F.elu(k) + 1, v))
-    same, last = docs == docs.mT, docs[..., -1:, :]
-    before = F.pad(last[:, :-1], (0, 0) * 4 + (1, 0))  # the document that the state is of
+    same = docs == docs.mT
     kept = torch.eye(k.shape[-1], device=k.device) * (last == before)
     W = AffineScan.apply(kept, v.mT @ (k * (docs == last))).mT
     z = (q @ W) * (docs == before) + ((q @ k.mT) * same.tril()) @ v
@@ -2760,11 +2757,9 @@ def ttt_linear(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, docs: Tensor | Non
     """
 
     time, heads = q.shape[1:3]
-    docs = torch.zeros_like(q[..., 0, 0]) if docs is None else docs
-    docs = in_chunks(docs[:, :, None, None, None], chunk)
+    docs, last, before = chunk_documents(q, docs, chunk)
     q, k, v, rate = (in_chunks(x.unflatten(2, (k.shape[2], -1)), chunk) for x in (q, k, v, rate[..., None]))
-    same, gram, last = docs == docs.mT, k @ k.mT, docs[..., -1:, :]
-    before = F.pad(last[:, :-1], (0, 0) * 4 + (1, 0))  # the document that the state is of
+    same, gram = docs == docs.mT, k @ k.mT
     step = inner_steps(gram, rate, same)
     used = k * (rate * step[..., -1:, :] * (docs == last))
     kept = (torch.eye(k.shape[-1], device=k.device) - k.mT @ used) * (last == before)
@@ -3068,18 +3063,18 @@ class Universal(Block):
                 setattr(self, name, nn.Parameter(start.detach().repeat(layer.turns, *[1] * start.dim())))
 
     def at_turn(self, control: Tensor) -> Tensor:
-        return control.index_select(0, self.turn)[0] if self.alone else control
+        return at(control, self.turn) if self.alone else control
 
     def scales(self) -> tuple[Tensor, Tensor]:
         attention, feed = super().scales()
         if self.step_gate is None:
             return attention, feed
-        gates = 1 + torch.tanh(self.step_gate.index_select(0, self.turn)[0])
+        gates = 1 + torch.tanh(at(self.step_gate, self.turn))
         return attention * gates[0], feed * gates[1]
 
     def entered(self, x: Tensor) -> Tensor:
         """The stream as this visit takes it: [..., D] -> [..., D]."""
-        return x if self.depth is None else (x + self.depth.index_select(0, self.turn)[0]).to(x.dtype)
+        return x if self.depth is None else (x + at(self.depth, self.turn)).to(x.dtype)
 
     def forward(
         self, x: Tensor, x0: Tensor, rope, docs: Tensor | None, ops: Ops, values: Tensor | None = None
@@ -3783,11 +3778,6 @@ def mean_before(x: Tensor, docs: Tensor | None) -> Tensor:
     return sums / (index - start).clamp_min(1)[..., None]
 
 
-def at(rows: Tensor, turn: Tensor) -> Tensor:
-    """The row of a pass: [passes, D], int64 [1] -> [D]."""
-    return rows.index_select(0, turn)[0]
-
-
 class Resonance(Carry):
     """x (1 + r_p cos(t f_p)), t the position in the document, in fp32: r [passes, 1] starts at 0, f [passes, D] as
     N(0, 0.01^2). PR #298 has it in bf16, where positions beyond 256 run together. Pass 0 has it too."""
@@ -4302,13 +4292,13 @@ class Bank:
         shape, device = params[0].shape, params[0].device
         self.momentum = torch.zeros(self.share, *shape, device=device)
         self.row_square = torch.zeros(self.share, shape[0], 1, device=device)
+        self.none = torch.zeros(shape, device=device)  # stands for a gradient that is missing
 
     def reduce(self) -> Pending:
         """Start to sum gradients over ranks: this rank's share, fp32 [share, r, c]."""
-        zero = torch.zeros_like(self.params[0])
-        grads = [zero] * (self.share * self.run.world_size)
+        grads = [self.none] * (self.share * self.run.world_size)
         for slot, param in zip(self.slots, self.params, strict=True):
-            grads[slot] = zero if param.grad is None else param.grad
+            grads[slot] = self.none if param.grad is None else param.grad
         whole = torch.stack(grads)
         if self.run.world_size == 1:
             return Pending(None, whole)
@@ -4535,7 +4525,9 @@ def add_weight_bits(model: GPT, weight: float) -> None:
     USE_COMPRESSION_LOSS; PR #298 means this and adds the entropy of the predictions, in a branch that never runs. Cost:
     one pass over the weights a step. Effect on a CPU: docs/experiments.md; not measured on a GPU yet.
     """
-    used = {n: p for n, p in model.named_parameters() if weight and p.grad is not None}
+    if not weight:
+        return
+    used = {n: p for n, p in model.named_parameters() if p.grad is not None}
     params = [p for n, p in used.items() if owner(n, TENSOR_PLAN).codec != "half"]
     total = math.log(2) * sum(p.numel() for p in params)
     for p in params:
@@ -4706,16 +4698,18 @@ class Trainer:
             total += loss.detach()
         return total
 
+    def states(self) -> tuple[tuple[bool, bool], ...]:
+        """(recurrence on, exact choice) of every kind of step that the run will take."""
+        loops = sorted({looping_at(self.cfg, 0.0), looping_at(self.cfg, 1.0 - 1e-9, self.cfg.iterations)})
+        rules = (True, False) if exact_at(self.cfg, 0.0) else (False,)
+        return tuple((looping, exact) for looping in loops for exact in rules)
+
     def warm_up(self) -> None:
         """Compile every graph and reach peak memory before the clock starts; weights and state stay as they are.
 
         Halves the micro-batch when memory runs out.
         """
-        cfg, run = self.cfg, self.run
-        loops = sorted({looping_at(cfg, 0.0), looping_at(cfg, 1.0 - 1e-9, cfg.iterations)})
-        rules = (True, False) if exact_at(cfg, 0.0) else (False,)
-        states = tuple((looping, exact) for looping in loops for exact in rules)
-        index = 0
+        cfg, run, states, index = self.cfg, self.run, self.states(), 0
         while index < cfg.warmup_steps:
             if self._fits(states):
                 index += 1
@@ -4724,7 +4718,7 @@ class Trainer:
                 self._shrink()
         self.optimizers.warm_up()
         self.model.zero_grad(set_to_none=True)
-        if True in loops:
+        if any(looping for looping, _ in states):
             encoder, decoder = halves(cfg, True)
             run.log(f"loop_warmup:enabled encoder:{encoder} decoder:{decoder}")
 

@@ -75,9 +75,7 @@ class Subject(NamedTuple):
     seconds: float
 
     def states(self) -> list[State]:
-        cfg = self.trainer.cfg
-        loops = sorted({tg.looping_at(cfg, 0.0), tg.looping_at(cfg, 1.0, cfg.iterations)})
-        return [State(on, exact) for on in loops for exact in sorted({tg.exact_at(cfg, 0.0), False}, reverse=True)]
+        return [State(*state) for state in self.trainer.states()]
 
     def step(self, state: State) -> None:
         """Forward, backward, optimizers at rate 0 and averages: a training step that changes no weight."""
@@ -100,7 +98,7 @@ def random_shard(folder: Path, tokens: int, vocab: int) -> Path:
 @contextlib.contextmanager
 def subject(text: str, shared: list[str]) -> Iterator[Subject]:
     """Build and compile a configuration; UserError where a run would refuse it."""
-    begin, env = time.perf_counter(), dict(part.partition("=")[::2] for part in shared + shlex.split(text))
+    begin, env = time.perf_counter(), report.assignments(shared + shlex.split(text), text)
     cfg, warnings = tg.read_config(env)
     for line in warnings:
         print(f"warning: {text}: {line}", file=sys.stderr)
@@ -291,7 +289,7 @@ def effects_table(rows: list[dict[str, Any]]) -> str:
         added = paired[0][0]["params"] - paired[0][1]["params"]
         slower = statistics.median(row["ms"] / control["ms"] for row, control in paired)
         lines.append((statistics.mean(gains), [
-            name, f"{statistics.mean(row['bpb'] for row, _ in paired):.4f}", spread(gains), str(len(paired)),
+            name, f"{statistics.mean(row['bpb'] for row, _ in paired):.4f}", report.shown(gains, 5), str(len(paired)),
             f"{added:+,}", f"{slower:.3f}",
         ]))  # fmt: skip
     header = ["change", "bpb", "against the base", "seeds", "parameters", "step time"]
@@ -369,20 +367,13 @@ def taxes(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, float, 
             yield f"{method} at {size}", *tax, predicted
 
 
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    deviation = f" ± {statistics.stdev(values):.5f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.5f}{deviation}"
-
-
 def export(args: argparse.Namespace) -> None:
     found: dict[str, list] = {}
     for folder in args.folders:
         for key, *numbers in taxes(folder, args):
             found.setdefault(key, []).append(numbers)
-    print("\n| method | tax, bpb | tax, nats | predicted, nats |\n| --- | --- | --- | --- |")
-    for key, rows in found.items():
-        print(f"| {key} | {' | '.join(spread(list(column)) for column in zip(*rows, strict=True))} |")
+    cells = [[key, *(report.shown(column, 5) for column in zip(*rows, strict=True))] for key, rows in found.items()]
+    print("\n" + report.markdown(["method", "tax, bpb", "tax, nats", "predicted, nats"], cells))
 
 
 def main() -> int:

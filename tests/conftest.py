@@ -132,6 +132,23 @@ def single(cfg: tg.Config) -> tg.Run:
     return tg.Run(cfg, tg.Launch(0, 1, 0))
 
 
+class OneOf(tg.Run):
+    """Rank ``rank`` of ``world_size``, without the others: sums are left to the test."""
+
+    def __init__(self, cfg, rank, world_size):
+        super().__init__(cfg, tg.Launch(0, 1, 0))
+        self.rank, self.world_size = rank, world_size
+
+    def sum(self, tensor):
+        return tensor
+
+    def vote(self, tensor):
+        return tensor
+
+    def share(self, value):
+        return value
+
+
 def randomise(model: tg.GPT, seed: int = 0, size: float = 0.3) -> tg.GPT:
     """Noise on every parameter: zero-initialised maps would make most laws hold for nothing."""
     noise = torch.Generator().manual_seed(seed)

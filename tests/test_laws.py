@@ -23,6 +23,7 @@ from conftest import (
     PRESETS,
     ROOT,
     VOCAB,
+    OneOf,
     available_compressors,
     both_loop_states,
     clean_env,
@@ -147,23 +148,6 @@ def test_2_score_does_not_depend_on_the_batch(variant, label):
         score, _ = score_rows(changed)[label](single(changed), model, val, cfg.loops, 600.0)
         found.append(score.nll)
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-4)
-
-
-class OneOf(tg.Run):
-    """Rank ``rank`` of ``world_size``, without the others: sums are left to the test."""
-
-    def __init__(self, cfg, rank, world_size):
-        super().__init__(cfg, tg.Launch(0, 1, 0))
-        self.rank, self.world_size = rank, world_size
-
-    def sum(self, tensor):
-        return tensor
-
-    def vote(self, tensor):
-        return tensor
-
-    def share(self, value):
-        return value
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import random_ids, random_validation, replace, run_steps, single, tg, tiny, tiny_model, trainer_of
+from conftest import OneOf, random_ids, random_validation, replace, run_steps, single, tg, tiny, tiny_model, trainer_of
 
 LENGTH = 20
 LOOPED = dict(num_layers=3, loop_start=1, loop_end=1, num_loops=2, xsa_last_n=1, ve_layers="-1", enable_looping_at=0.0)
@@ -460,17 +460,6 @@ def test_text_grows_as_the_whole_model_reads_it(name):
             grown = torch.cat([last_of(ids[:, : t + 1]) for t in range(9)], 1)
     torch.testing.assert_close(grown, whole, rtol=1e-4, atol=1e-4)
     assert own == [block.attn.attend for block in model.blocks]
-
-
-class OneOf(tg.Run):
-    """Rank ``rank`` of ``world_size``, without the others."""
-
-    def __init__(self, cfg, rank, world_size):
-        super().__init__(cfg, tg.Launch(0, 1, 0))
-        self.rank, self.world_size = rank, world_size
-
-    def sum(self, tensor):
-        return tensor
 
 
 def test_self_generated_text():

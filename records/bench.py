@@ -301,6 +301,7 @@ def effects(args: argparse.Namespace) -> None:
     lines = args.out.read_text().splitlines() if args.out and args.out.exists() else []
     rows = [json.loads(line) for line in lines]
     done = {(row["name"], row["seed"], json.dumps(row["config"], sort_keys=True)) for row in rows}
+    failed: list[str] = []
     for name, env in list(changes(args).items())[part - 1 :: parts]:
         torch._dynamo.reset()  # the compiler keeps a few versions of a function at most
         for seed in args.seeds:
@@ -308,8 +309,9 @@ def effects(args: argparse.Namespace) -> None:
                 continue
             try:
                 row = dict(name=name) | short_run(env, seed)
-            except tg.UserError as error:
-                print(f"{name}: {error}", flush=True)
+            except Exception as error:  # whatever a change breaks, the others are still to be measured
+                failed.append(name)
+                print(f"{name} failed: {type(error).__name__}: {str(error).strip()[:500]}", flush=True)
                 break
             print(f"{name} seed:{seed} bpb:{row['bpb']:.5f} nats:{row['nats']:.5f} ms:{row['ms']:.1f} "
                   f"built:{row['built_seconds']:.1f}s", flush=True)  # fmt: skip
@@ -318,14 +320,17 @@ def effects(args: argparse.Namespace) -> None:
                 with open(args.out, "a") as file:
                     file.write(json.dumps(row) + "\n")
     print("\n" + effects_table(rows))
+    if failed:
+        raise tg.UserError(f"not measured: {', '.join(failed)}; the messages are above")
 
 
-SEEDS = dict(quant_steps="sdclip", compressor="brotli", trellis_states=1)
+SEEDS = dict(quant_steps="sdclip", compressor="brotli", trellis_states=1, gptq_rows=0)
 METHODS = {
     "nearest": SEEDS | dict(gptq=False),
     "sdclip": SEEDS,
     "sdclip_ans": SEEDS | dict(compressor="ans"),
-    "scalar": dict(trellis_states=1),
+    "scalar": dict(trellis_states=1, gptq_rows=0),
+    "columns": dict(gptq_rows=0),
     "trellis4": dict(trellis_states=4),
     "ours": {},
     "trellis16": dict(trellis_states=16),
@@ -344,7 +349,7 @@ def taxes(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, float, 
     saved = torch.load(folder / "model.pt", weights_only=True, map_location=run.device)[result["weights"]]
     state = {name: tensor.float() for name, tensor in saved.items()}
     rows = tg.calibration_rows(trainer)
-    hessians, fisher = tg.calibrate(run, trainer.model, state, rows, looping, {})
+    hessians, fisher, outputs = tg.calibrate(run, trainer.model, state, rows, looping, {})
     val = tg.load_validation(cfg, tg.load_tokenizer(cfg))
     windows = tg.plain_windows(val.targets, cfg.eval_seq_len)
 
@@ -356,7 +361,8 @@ def taxes(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, float, 
     for size in args.sizes or [int(bits * count / 8) for bits in args.bits]:
         for method in args.methods:
             own, begin = dataclasses.replace(cfg, size_target=size, **METHODS[method]), time.perf_counter()
-            quantizer = tg.Quantizer(own, state, hessians if own.gptq else {}, fisher)
+            both = (hessians, outputs if own.gptq_rows else {}) if own.gptq else ({}, {})
+            quantizer = tg.Quantizer(own, state, both[0], fisher, both[1])
             packed = tg.fit(own, quantizer, looping, 0)
             seconds = time.perf_counter() - begin
             found = score(tg.Artifact({}, looping, packed.stored).state())

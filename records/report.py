@@ -695,13 +695,14 @@ def settle(folder: Path, code: int, stopped: bool) -> RunData:
 
 
 def last_words(folder: Path) -> str:
-    """The last line that a failed run printed."""
+    """The last line that a failed run printed: its own message, else that of an exception, else whatever it is."""
     try:
         lines = (folder / "console.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     except OSError:
         return ""
-    errors = [line for line in lines if line.startswith("error:")]
-    return (errors or lines or [""])[-1][:300]
+    ours = [line for line in lines if line.startswith("error:")]
+    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b: ", line)]
+    return (ours or raised or lines or [""])[-1][:300]
 
 
 def describe_end(run: RunData) -> str:
@@ -1080,7 +1081,7 @@ def legend(axes: Any) -> None:
 def plot_loss(plt: Any, rows: Sequence[Row], path: Path, column: int, label: str) -> Path | None:
     """Training loss against steps (column 0) or seconds (column 1): one colour a row, later seeds dashed."""
     figure, axes = plt.subplots()
-    late, drawn = [], 0
+    points_drawn, drawn = [], 0
     for index, row in enumerate(rows):
         curves = [[p for p in curve(run) if p[column] is not None and math.isfinite(p[2])] for run in row.runs]
         curves = curves[:1] if len(rows) > 6 else curves
@@ -1088,11 +1089,12 @@ def plot_loss(plt: Any, rows: Sequence[Row], path: Path, column: int, label: str
             xs, ys = [p[column] for p in points], smooth([p[2] for p in points])
             style = dict(lw=1.7) if order == 0 else dict(lw=1.1, ls="--", alpha=0.8)
             axes.plot(xs, ys, color=look(index)["color"], label=None if order else row.name, **style)
-            late += ys[len(ys) // 10 :]
+            points_drawn += zip(xs, ys, strict=True)
             drawn += 1
     if not drawn:
         plt.close(figure)
         return None
+    late = [y for x, y in points_drawn if x >= 0.05 * max(points_drawn)[0]]  # the first steps would flatten the rest
     margin = 0.05 * (max(late) - min(late)) + 1e-3
     axes.set_ylim(min(late) - margin, max(late) + margin)
     lines = "the first run of each row" if len(rows) > 6 else "one line a run"

@@ -313,6 +313,7 @@ class Config:
     quant_steps: str = knob("quant", "fisher", "step sizes: equal loss a bit everywhere, in columns only, or SDClip",
                             choices=("fisher", "hessian", "sdclip"))
     fisher_tokens: int = knob("quant", 262144, "calibration tokens that QUANT_STEPS=fisher reads", lo=2)
+    gptq_rows: int = knob("quant", 0, "rows rounded together, whose errors later rows absorb; 0: none do", lo=0)
     trellis_states: int = knob("quant", 8, "trellis-coded quantization: states of its machine; 1: scalar",
                                choices=(1, 4, 8, 16))
     compressor: str = knob("quant", "ans", "lossless coder of the integer streams",
@@ -4889,7 +4890,9 @@ class TensorRow(NamedTuple):
 
 TENSOR_PLAN = (
     TensorRow(r"embed|head\.weight|(mixers\.(bigram|input)|values)\.table", "int", "embed_bits", "embed_clip_sigmas"),
-    TensorRow(r"(blocks\.\d+|mixers|values|carries)\..*\.weight", "int", "matrix_bits", "matrix_clip_sigmas"),
+    TensorRow(r"(blocks\.\d+|mixers|values)\..*\.weight", "int", "matrix_bits", "matrix_clip_sigmas"),
+    TensorRow(r"carries\.\w+\.(down|up)\.weight", "int", "matrix_bits", "matrix_clip_sigmas"),
+    TensorRow(r"carries\.state\.(gates|candidate)\.weight", "half"),  # saturated, no gradient tells their worth
     TensorRow(r"blocks\.\d+\..*\.lora_[AB]", "factor", "matrix_bits", "matrix_clip_sigmas"),
     TensorRow(VECTORS, "half"),
     TensorRow(r"blocks\.\d+\.(router|threshold)", "half"),
@@ -5096,6 +5099,8 @@ def self_generated(run: Run, model: GPT, rows: Tensor, looping: bool) -> Tensor:
     return run.sum(ids).int().cpu()
 
 
+FISHER_PASS = 2048  # tokens of a backward pass that also samples outputs: fewer would be more samples, and slower
+
 # GPTQ_CALIBRATION: (run, model, training rows no step has seen, loop state) -> the rows of the Hessians
 CALIBRATIONS: dict[str, Callable] = {"train": lambda run, model, rows, looping: rows, "self": self_generated}
 
@@ -5118,25 +5123,52 @@ def collect_hessians(run: Run, model: GPT, rows: Tensor, looping: bool) -> dict[
     return hessians
 
 
-def collect_fisher(run: Run, model: GPT, rows: Tensor, looping: bool) -> dict[str, Tensor]:
-    """Row sums of the diagonal Fisher information of every quantized matrix, nats a token: name -> fp32 [r].
+def shrink_(correlation: Tensor, samples: float) -> Tensor:
+    """A measured correlation [r, r], in place: off its diagonal times the share of its mean square that sampling does
+    not explain (Schaefer and Strimmer 2005)."""
+    off = (correlation.square().sum() - len(correlation)) / max(1, correlation.numel() - len(correlation))
+    correlation.mul_((1 - 1 / (samples * off.clamp_min(1e-30))).clamp_min(0))
+    correlation.diagonal().fill_(1)
+    return correlation
+
+
+def collect_fisher(
+    run: Run, model: GPT, rows: Tensor, looping: bool, hessians: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Row sums of the diagonal Fisher information of every quantized matrix, nats a token: name -> fp32 [r], and how
+    the gradients of a map's outputs correlate: name -> fp32 [r, r] with ones on its diagonal, if its Hessian is known.
 
     F_rc = E[(d nll_t / d W_rc)^2]. One backward pass of sum_t s_t nll_t with random signs s_t has a gradient whose
     square is, in the mean over signs, the sum of the squares of the tokens' own gradients: no pass for each token, and
-    every visit of a looped layer and both roles of a tied embedding are in it. Cost: one training pass over ``rows``.
+    every visit of a looped layer and both roles of a tied embedding are in it. Likewise dW H^-1 dW^T is, in the mean,
+    the sum of x^T H^-1 x g g^T over tokens, a map's input x and the gradient g of its output: each pass gives as many
+    samples of g g^T as the map has inputs. Cost: one training pass over ``rows``.
     """
     owned = {n: p for n, p in model.named_parameters() if owner(n, TENSOR_PLAN).codec != "half"}
     fisher = {name: torch.zeros(len(param), device=run.device) for name, param in owned.items()}
+    maps = [n for n in owned if (plan := owner(n, TENSOR_PLAN)).codec == "int" and plan.bits == "matrix_bits"]
+    maps = [n for n in maps if n in hessians and run.cfg.gptq_rows]  # no tables of tokens, no adapters
+    known = {n: factor(hessians[n][None], run.cfg.percdamp, sort=False).U[0] for n in maps}
+    outputs = {name: torch.zeros(len(owned[name]), len(owned[name]), device=run.device) for name in maps}
     share, signs = run.split(len(rows)), torch.Generator().manual_seed(run.rank)
-    for part in rows[share.start : share.stop].split(max(1, 8192 // rows.shape[1])):
+    for part in rows[share.start : share.stop].split(max(1, (FISHER_PASS if maps else 8192) // rows.shape[1])):
         flip = 2.0 * torch.randint(2, (len(part), part.shape[1] - 1), generator=signs) - 1
         with eager(model):
             (model(*shifted(part.to(run.device)), looping) * flip.to(run.device)).sum().backward()
         for name, param in owned.items():
-            if param.grad is not None:  # a matrix that this loop state does not use
-                fisher[name] += param.grad.float().square().sum(-1)
+            if param.grad is None:  # a matrix that this loop state does not use
+                continue
+            grad = param.grad.float()
+            fisher[name] += grad.square().sum(-1)
+            if name in known:
+                white = grad @ known[name].T
+                outputs[name].addmm_(white, white.T)
         model.zero_grad(set_to_none=True)
-    return {name: run.sum(total) / (len(rows) * (rows.shape[1] - 1)) for name, total in fisher.items()}
+    for name, total in outputs.items():
+        scale = run.sum(total).diagonal().clamp_min(1e-30).rsqrt()
+        samples = owned[name].shape[1] * len(rows) * rows.shape[1] / FISHER_PASS
+        shrink_(total.mul_(scale[:, None]).mul_(scale), samples)
+    return {name: run.sum(total) / (len(rows) * (rows.shape[1] - 1)) for name, total in fisher.items()}, outputs
 
 
 def dampings(H: Tensor, percdamp: float) -> Iterator[Tensor]:
@@ -5208,6 +5240,18 @@ class Paths:
         self.first = torch.arange(0, rows * states, states, device=device)[:, None]
         self.least = torch.arange(states, device=device)[:, None] % 2 / 2 + torch.arange(2, device=device)
 
+    def advance(
+        self, W: Tensor, U: Tensor, step: Tensor, weight: Tensor, begin: int, upto: int, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """Meet the columns before ``upto`` of W [n, r, c] that have not been met, and settle ``count`` from ``begin``
+        on: their errors and integers, [n r, count] each. What a path wants of a column is what its own errors in the
+        unsettled ones before leave, by U [n, c, c]; ``step`` and ``weight`` [n, r, c] are those of ``extend``."""
+        for i in range(begin + len(self.trail), upto):
+            absorbed = self.past[:, : i - begin].unflatten(0, (len(W), -1)) @ U[:, begin:i, i, None]
+            w, size, worth = (part[:, :, i].reshape(-1, 1) for part in (W, step, weight))
+            self.extend(w - absorbed.view(-1, self.states), size, worth)
+        return self.settle(count)
+
     def extend(self, w: Tensor, step: Tensor, weight: Tensor) -> None:
         """One more column: w [rows, states] is what each path wants, an error of a step [rows, 1] costs weight^2. Each
         state has two branches, to the nearest even and the nearest odd integer 2 m + 0 or 1; each next state keeps the
@@ -5238,9 +5282,83 @@ class Paths:
         return errors[:, 0], 2 * halves_ + (branches & 1)
 
 
+@jit
+def taken(even, odd, way):
+    """Of what the two branches of every state bring, that of branches 2 state + parity."""
+    return tl.where((way & 1) == 1, tl.gather(odd, way >> 1, 0), tl.gather(even, way >> 1, 0))
+
+
+@jit
+def paths_kernel(
+    W, U, step, weight, cost, past, code, into, errors, found, rows, columns, begin, first, last, count, top,
+    STATES: tl.constexpr, SPAN: tl.constexpr
+):  # fmt: skip
+    """``Paths.advance`` of one row: columns begin + first up to begin + last are met, ``count`` are settled. Survivors
+    carry their errors and integers along instead of a trail."""
+    row = tl.program_id(0)
+    state, slot = tl.arange(0, STATES), tl.arange(0, SPAN)
+    tile = (row * STATES + state[:, None]) * SPAN + slot[None, :]
+    held, settled = (slot < first)[None, :], (slot < count)[None, :]
+    behind, codes = tl.load(past + tile, mask=held, other=0.0), tl.load(code + tile, mask=held, other=0)
+    total, ways = tl.load(cost + row * STATES + state), (tl.load(into + 2 * state), tl.load(into + 2 * state + 1))
+    half = (state % 2) * 0.5
+    for p in range(first, last):
+        i = begin + p
+        u = tl.load(U + (row // rows * columns + i) * columns + begin + slot, mask=slot < p, other=0.0)
+        size, worth = tl.load(step + row * columns + i), tl.load(weight + row * columns + i)
+        x = (tl.load(W + row * columns + i) - tl.sum(behind * u[None, :], 1)) / size - half
+        m = tl.minimum(tl.maximum(tl.floor(x / 2 + 0.5), -top), top)
+        n = tl.minimum(tl.maximum(tl.floor((x - 1) / 2 + 0.5), -top), top)
+        even, odd = (x - 2 * m) * worth, (x - 1 - 2 * n) * worth
+        a = taken(total + even * even, total + odd * odd, ways[0])
+        b = taken(total + even * even, total + odd * odd, ways[1])
+        way, total = tl.where(b < a, ways[1], ways[0]), tl.minimum(a, b)
+        origin, here = tl.broadcast_to((way >> 1)[:, None], (STATES, SPAN)), (slot == p)[None, :]
+        number = taken(2 * m, 2 * n + 1, way).to(tl.int32)
+        codes = tl.where(here, number[:, None], tl.gather(codes, origin, 0))
+        behind = tl.where(here, taken(even, odd, way)[:, None], tl.gather(behind, origin, 0))
+    best = (state == tl.argmin(total, 0))[:, None]
+    own = tl.sum(tl.where(best, codes, 0), 0)
+    tl.store(found + row * SPAN + slot, own, mask=slot < count)
+    tl.store(errors + row * SPAN + slot, tl.sum(tl.where(best, behind, 0.0), 0), mask=slot < count)
+    lost = tl.sum((settled & (codes != own[None, :])).to(tl.int32), 1) > 0
+    total = tl.where(lost, float("inf"), total)
+    tl.store(cost + row * STATES + state, total - tl.min(total, 0))
+    kept = (slot >= count)[None, :] & (state >= 0)[:, None]
+    tl.store(past + tile - count, behind, mask=kept)
+    tl.store(code + tile - count, codes, mask=kept)
+
+
+class FusedPaths:
+    """``Paths`` with one kernel for all columns of an ``advance``, a row a program: what is launched no longer counts
+    the columns, and survivors stay in registers. fp32; equal to ``Paths`` but for the order of sums."""
+
+    def __init__(self, like: Tensor, rows: int, states: int, span: int):
+        self.states, self.span, self.held = states, span, 0
+        self.cost = like.new_full((rows, states), math.inf)
+        self.cost[:, 0] = 0
+        self.past = like.new_zeros(rows, states, span)
+        self.code = torch.zeros_like(self.past, dtype=torch.int32)
+        self.into = torch.from_numpy(machine(states)).long().argsort(stable=True).int().to(like.device)
+
+    def advance(
+        self, W: Tensor, U: Tensor, step: Tensor, weight: Tensor, begin: int, upto: int, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """As ``Paths.advance``, but U is transposed: a column of it is read at a time."""
+        errors, found = self.past.new_empty(2, len(self.past), self.span)
+        found = found.view(torch.int32)
+        paths_kernel[(len(self.past),)](
+            W, U, step, weight, self.cost, self.past, self.code, self.into, errors, found, W.shape[1], W.shape[2],
+            begin, self.held, upto - begin, count, float(TOP // 2), STATES=self.states, SPAN=self.span, num_warps=1,
+        )  # fmt: skip
+        self.held = upto - begin - count
+        return errors[:, :count], found[:, :count]
+
+
 def gptq(
-    W: Tensor, known: Factor, row: Tensor, col: Tensor, states: int = 1, blocksize: int = 32, delay: int = 32
-) -> Tensor:
+    W: Tensor, known: Factor, row: Tensor, col: Tensor, states: int = 1, blocksize: int = 32, delay: int = 32,
+    fused: bool = False,
+) -> Tensor:  # fmt: skip
     """GPTQ (Frantar et al. 2022) for a stack of matrices at once, rounding to integers or along a trellis.
 
     Columns are rounded one after another; the error of each is spread over the columns that follow so that
@@ -5249,7 +5367,8 @@ def gptq(
     feeds back its own errors. A column is settled ``delay`` columns or more after it was met; on a Gaussian source 8
     states are 0.61 dB over the rate-distortion bound at 3.4 bits for a delay of 16, 0.56 for 32, 0.51 for no limit;
     4 and 16 states 0.60 and 0.52, one state 1.59.
-    Cost: c sequential steps for the whole stack, so a model of 66 matrices takes about 4,600 steps, not 50,000.
+    Cost: c sequential steps for the whole stack, so a model of 66 matrices takes about 4,600 steps, not 50,000; with
+    ``fused`` a kernel takes ``blocksize`` of them at a time.
 
     Plain distortion is meant. The rate-distortion choice for a Gaussian of variance v steps is to round
     w v / (v + 1/12) instead (an error of e steps costs 6 / ln 2 e^2 bits where steps are in balance). It lost: it
@@ -5260,20 +5379,42 @@ def gptq(
     wide = order[:, None, :].expand_as(W)
     W, col = W.gather(2, wide), col.gather(1, order)
     n, r, columns = W.shape
-    step = (row[:, :, None] * col[:, None, :]).permute(2, 0, 1)
-    weight = (step / U.diagonal(dim1=1, dim2=2).T[:, :, None]).reshape(columns, -1, 1)
-    Q, begin, delay, step = torch.empty_like(W), 0, delay * (states > 1), step.reshape(columns, -1, 1)
-    paths = Paths(W, n * r, states, blocksize + delay)
-    for i in range(columns):
-        absorbed = paths.past[:, : i - begin].unflatten(0, (n, -1)) @ U[:, begin:i, i, None]
-        paths.extend(W[:, :, i].reshape(-1, 1) - absorbed.view(-1, states), step[i], weight[i])
-        if i + 1 - begin == blocksize + delay or i + 1 == columns:
-            end = begin + blocksize if i + 1 < columns else columns
-            errors, integers = (part.reshape(n, r, -1) for part in paths.settle(end - begin))
-            Q[:, :, begin:end] = integers
-            W[:, :, end:] -= errors @ U[:, begin:end, end:]
-            begin = end
+    step = row[:, :, None] * col[:, None, :]
+    weight = step / U.diagonal(dim1=1, dim2=2)[:, None, :]
+    Q, begin, delay = torch.empty_like(W), 0, delay * (states > 1)
+    paths = (FusedPaths if fused else Paths)(W, n * r, states, blocksize + delay)
+    seen = U.mT.contiguous() if fused else U
+    while begin < columns:
+        upto = min(begin + blocksize + delay, columns)
+        end = begin + blocksize if upto < columns else columns
+        found = paths.advance(W, seen, step, weight, begin, upto, end - begin)
+        errors, Q[:, :, begin:end] = (part.reshape(n, r, -1) for part in found)
+        W[:, :, end:] -= errors @ U[:, begin:end, end:]
+        begin = end
     return torch.empty_like(Q).scatter_(2, wide, Q).to(torch.int16)
+
+
+@functools.cache
+def search_trouble(states: int, device: torch.device) -> str:
+    """Empty if the kernel finds paths as good as the plain search does on this device, else what is wrong with it."""
+    draw = torch.Generator().manual_seed(0)
+    W, X = torch.randn(2, 24, 150, generator=draw).to(device), torch.randn(2, 150, 200, generator=draw).to(device)
+    H, row, col = X @ X.mT, torch.full_like(W[:, :, 0], 0.2), torch.ones_like(W[:, 0])
+    lost = []
+    try:
+        for fused in (False, True):
+            q = gptq(W, factor(H, 0.01, sort=False), row, col, states, fused=fused)
+            E = W - 0.2 * (q + half_steps(q.flatten(0, 1), states).view_as(q) / 2)
+            lost.append(float(((E @ H) * E).sum()))
+    except Exception as error:  # a compiler's: whatever it is, the plain search serves as well
+        return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
+    return "" if abs(lost[1] / lost[0] - 1) < 0.02 else f"it loses {lost[1] / lost[0]:.2f} times as much as it should"
+
+
+def fused_search(cfg: Config, device: torch.device) -> bool:
+    """Whether the kernel searches the trellis: where operations are fused, and it has been seen to work."""
+    able = cfg.trellis_states > 1 and select_ops(cfg, device) is FUSED
+    return able and not search_trouble(cfg.trellis_states, device)
 
 
 class Stack(NamedTuple):
@@ -5284,6 +5425,42 @@ class Stack(NamedTuple):
     W: Tensor
     known: Factor | None
     gain: Tensor | None  # [n, r]: nats a token that a unit of H-weighted error in this row costs, twice
+    outer: Tensor | None = None  # [n, r, r]: upper V of G^-1 = V^T V, G the curvature over outputs
+
+
+def curvature(gain: Tensor, correlation: Tensor) -> Tensor:
+    """G [n, r, r] of a diagonal ``gain`` [n, r]: an error E costs tr(G E H E^T) / 2 nats a token."""
+    scale = gain.sqrt()
+    return correlation * (scale[:, :, None] * scale[:, None, :])
+
+
+def conditional_gain(V: Tensor, block: int) -> Tensor:
+    """What an error in a row costs once the rows after its block have absorbed what they can: [n, r]."""
+    parts = [torch.cholesky_inverse(V[:, i : i + block, i : i + block], upper=True).diagonal(dim1=-2, dim2=-1)
+             for i in range(0, V.shape[1], block)]  # fmt: skip
+    return torch.cat(parts, 1)
+
+
+def rounded(stack: Stack, row: Tensor, col: Tensor, states: int, block: int, fused: bool = False) -> Tensor:
+    """GPTQ over columns and over blocks of rows: int16 [n, r, c] for steps row [n, r] x col [n, c].
+
+    A loss of curvature G over outputs and H over inputs costs tr(G E H E^T) / 2 (Kronecker factors of the Fisher
+    information, as K-FAC has them; rounding by both: YAQA, Tseng et al. 2025). With G^-1 = V^T V and E = V^T X that is
+    |X|^2 in H's norm, so rows after a block absorb its errors as columns do in ``gptq``. Cost: ``gptq`` for each block.
+    Effect on a CPU: predicted loss -15 to -24 %, tax at 3 bits -21 % within noise, at 2.4 bits +12 %: off by default.
+    """
+    known, W, steps = stack.known or independent(stack.W), stack.W, row[:, :, None] * col[:, None, :]
+    if stack.outer is None:
+        return gptq(W, known, row, col, states, fused=fused)
+    W, parts = W.clone(), []
+    for begin in range(0, W.shape[1], block):
+        own, V = slice(begin, begin + block), stack.outer[:, begin : begin + block]
+        parts.append(gptq(W[:, own], known, row[:, own], col, states, fused=fused))
+        halves_ = half_steps(parts[-1].flatten(0, 1), states).view_as(parts[-1]) / 2
+        error = W[:, own] - (parts[-1] + halves_) * steps[:, own]
+        X = torch.linalg.solve_triangular(V[:, :, own].mT, error, upper=False)
+        W[:, begin + block :] -= V[:, :, begin + block :].mT @ X
+    return torch.cat(parts, 1)
 
 
 def sdclip_steps(cfg: Config, stack: Stack) -> tuple[Tensor, Tensor]:
@@ -5319,8 +5496,7 @@ def fisher_steps(cfg: Config, stack: Stack) -> tuple[Tensor, Tensor]:
     if stack.gain is None:
         return hessian_steps(cfg, stack)
     mean, col = column_steps(stack)
-    gain = stack.gain + 0.01 * stack.gain.mean() + 1e-30  # rows that calibration hardly met are not free
-    return mean - 0.5 * gain.log2(), col
+    return mean - 0.5 * stack.gain.log2(), col
 
 
 STEPS: dict[str, Callable] = {"fisher": fisher_steps, "hessian": hessian_steps, "sdclip": sdclip_steps}
@@ -5410,14 +5586,16 @@ def rotated(cfg: Config, state: Mapping[str, Tensor], hessians: Mapping, fisher:
 class Quantizer:
     """Weights with all that does not depend on the step sizes' common factor, so that trying another one is cheap."""
 
-    def __init__(self, cfg: Config, state: Mapping[str, Tensor], hessians: Mapping, fisher: Mapping):
-        self.cfg = cfg
+    def __init__(
+        self, cfg: Config, state: Mapping[str, Tensor], hessians: Mapping, fisher: Mapping, outputs: Mapping = {}
+    ):
+        self.cfg, self.outputs = cfg, outputs
         self.state, self.hessians, self.fisher = state, hessians, fisher = rotated(cfg, state, hessians, fisher)
         groups: dict[tuple, list[str]] = {}
         for name, tensor in state.items():
             plan, outer = owner(name, TENSOR_PLAN), name.endswith(".lora_B")
             if plan.codec != "half":
-                key = (outer, plan, tuple(tensor.shape), name in hessians, name in fisher)
+                key = (outer, plan, tuple(tensor.shape), name in hessians, name in fisher, name in outputs)
                 groups.setdefault(key, []).append(name)
         inner_first = sorted(groups.items(), key=lambda item: item[0][0])
         self.stacks = [self._stack(names, key[1], hessians, fisher) for key, names in inner_first]
@@ -5438,7 +5616,11 @@ class Quantizer:
             known = self._factor(H)
         if names[0] in fisher:
             gain = torch.stack([fisher[name] for name in names]) / power.clamp_min(1e-30)[:, None]
-        return Stack(names, plan, W, known, gain)
+            gain = gain + 0.01 * gain.mean() + 1e-30  # rows that calibration hardly met are not free
+        if names[0] not in self.outputs:
+            return Stack(names, plan, W, known, gain)
+        V = cholesky_of_inverse(curvature(gain, torch.stack([self.outputs[name] for name in names])), 1e-4)
+        return Stack(names, plan, W, known, conditional_gain(V, self.cfg.gptq_rows), V)
 
     def _factor(self, H: Tensor) -> Factor:
         """Columns as they come for a trellis, which the decoder has to follow: an order would cost 2 bytes a column."""
@@ -5455,10 +5637,10 @@ class Quantizer:
     def at(self, coarse: float) -> dict[str, Any]:
         """Every tensor as its row of TENSOR_PLAN says, matrices with steps times ``coarse``."""
         stored, states = {}, self.cfg.trellis_states
+        fused = fused_search(self.cfg, next(iter(self.state.values())).device)
         for stack, row, col in self.exponents(coarse):
             stack = self._refitted(stack, stored)
-            known = stack.known or independent(stack.W)
-            q = gptq(stack.W, known, powers(row), powers(col), states)
+            q = rounded(stack, powers(row), powers(col), states, self.cfg.gptq_rows, fused)
             stored |= {name: Quantized(q[i], row[i], col[i], states) for i, name in enumerate(stack.names)}
         halves_ = {name: t.float().clamp(-60000, 60000).half() for name, t in self.state.items() if name not in stored}
         return {name: (stored | halves_)[name] for name in self.state}
@@ -6021,18 +6203,22 @@ def fit(cfg: Config, quantizer: Quantizer, looping: bool, code: int) -> Export:
 
 def ledger(quantizer: Quantizer, stored: Mapping[str, Any], fisher: Mapping) -> dict[str, dict]:
     """What each tensor takes and costs: ideal bytes, bits a weight, SNR in dB, error over power at the map's output,
-    tr(E H E^T) / tr(W H W^T), and the loss predicted from it, sum over rows of gain_r e_r H e_r^T / 2, nats a token."""
+    tr(E H E^T) / tr(W H W^T), and the loss predicted from it, tr(G E H E^T) / 2 nats a token (see ``curvature``)."""
     rows, dense = {}, Artifact({}, False, dict(stored)).state()
     for name, size in code_bytes(stored).items():
         W = torch.atleast_2d(quantizer.state[name].float())
         error = W - dense[name].to(W.device).view_as(W)
         H = quantizer.hessians.get(name, torch.ones((), device=W.device))
-        out = [((A @ H if H.dim() else A) * A).sum(-1) for A in (error, W)]
+        seen = error @ H if H.dim() else error
+        out = [(seen * error).sum(-1), ((W @ H if H.dim() else W) * W).sum(-1)]
         gain = fisher[name] / (H.trace() if H.dim() else W.shape[1]) if name in fisher else torch.zeros_like(out[0])
+        loss = gain * out[0]
+        if name in quantizer.outputs and name in fisher:
+            loss = curvature(gain[None], quantizer.outputs[name][None])[0] * (seen @ error.T)
         signal, noise = (A.square().sum().clamp_min(1e-30) for A in (W, error))
         rows[name] = dict(
             bytes=size, weights=W.numel(), bits=8 * size / W.numel(), snr=float(10 * (signal / noise).log10()),
-            error=float(out[0].sum() / out[1].sum().clamp_min(1e-30)), loss=float((gain * out[0]).sum() / 2),
+            error=float(out[0].sum() / out[1].sum().clamp_min(1e-30)), loss=float(loss.sum() / 2),
         )  # fmt: skip
     return rows
 
@@ -6639,6 +6825,9 @@ def preflight(run: Run, trainer: Trainer, code: int) -> None:
         raise UserError(f"COMPRESSOR={cfg.compressor} needs the package {package}: pip install {package}")
     if not run.main:
         return
+    if trainer.model.ops is FUSED and cfg.trellis_states > 1 and not fused_search(cfg, run.device):
+        trouble = search_trouble(cfg.trellis_states, run.device)
+        run.log(f"warning: the trellis is searched without its kernel, seconds slower: {trouble}")
     state = trainer.model.state_dict()
     copies = 2 * (4 + len(trainer.ema.averages))  # a checkpoint, the one it replaces, and the final weights
     need = copies * sum(4 * tensor.numel() for tensor in state.values()) + (64 << 20)
@@ -6723,9 +6912,10 @@ def mean_loss(run: Run, model: GPT, rows: Tensor, looping: bool) -> float:
 
 def calibrate(
     run: Run, model: GPT, state: dict[str, Tensor], rows: Tensor, looping: bool, result: dict
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(Hessians, Fisher row sums) of the weights to export; empty where GPTQ or QUANT_STEPS does not ask for them."""
-    cfg, hessians, fisher = run.cfg, {}, {}
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """(Hessians, Fisher row sums, correlations of outputs' gradients) of the weights to export; empty where GPTQ or
+    QUANT_STEPS does not ask for them."""
+    cfg, hessians, fisher, outputs = run.cfg, {}, {}, {}
     with swapped(model, state):
         if cfg.gptq:
             run.log("GPTQ:collecting Hessians from calibration data...")
@@ -6739,10 +6929,11 @@ def calibrate(
             run.log(f"GPTQ:collected {len(hessians)} Hessians in {result['hessian_seconds']:.1f}s")
         if cfg.quant_steps == "fisher":
             with stopwatch(run) as seconds:
-                fisher = collect_fisher(run, model, rows[: max(1, cfg.fisher_tokens // rows.shape[1])], looping)
+                rows = rows[: max(1, cfg.fisher_tokens // rows.shape[1])]
+                fisher, outputs = collect_fisher(run, model, rows, looping, hessians)
                 result["fisher_seconds"] = seconds()
             run.log(f"fisher: sensitivity of {len(fisher)} matrices in {result['fisher_seconds']:.1f}s")
-    return hessians, fisher
+    return hessians, fisher, outputs
 
 
 def export(
@@ -6750,15 +6941,15 @@ def export(
 ) -> Path:
     """Calibration, quantization, packing: writes final_model.ptz and returns its path. Raises OverBudget."""
     cfg, path = run.cfg, run.folder / "final_model.ptz"
-    hessians, fisher = calibrate(run, trainer.model, state, rows, looping, result)
+    known = calibrate(run, trainer.model, state, rows, looping, result)
     if run.main:
         with stopwatch(run) as seconds:
-            quantizer = Quantizer(cfg, state, hessians, fisher)
+            quantizer = Quantizer(cfg, state, *known)
             packed = fit(cfg, quantizer, looping, code)
             result["quantize_pack_seconds"] = seconds()
         atomic_write(path, packed.blob)
         total = len(packed.blob) + code
-        tensors = ledger(quantizer, packed.stored, quantizer.fisher if fisher else {})
+        tensors = ledger(quantizer, packed.stored, quantizer.fisher if known[1] else {})
         predicted = sum(row["loss"] for row in tensors.values())
         sizes = Artifact({}, looping, packed.stored).sizes()
         stored, effective = sum(sizes.values()), effective_weights(trainer.model, sizes)

@@ -324,16 +324,16 @@ def effects(args: argparse.Namespace) -> None:
         raise tg.UserError(f"not measured: {', '.join(failed)}; the messages are above")
 
 
-SEEDS = dict(quant_steps="sdclip", compressor="brotli", trellis_states=1, gptq_rows=0)
+SEEDS = dict(quant_steps="sdclip", compressor="brotli", trellis_states=1)
 METHODS = {
     "nearest": SEEDS | dict(gptq=False),
     "sdclip": SEEDS,
     "sdclip_ans": SEEDS | dict(compressor="ans"),
-    "scalar": dict(trellis_states=1, gptq_rows=0),
-    "columns": dict(gptq_rows=0),
+    "scalar": dict(trellis_states=1),
     "trellis4": dict(trellis_states=4),
     "ours": {},
     "trellis16": dict(trellis_states=16),
+    "rows": dict(gptq_rows=128),
 }
 
 
@@ -342,7 +342,8 @@ def taxes(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, float, 
     result = json.loads((folder / "result.json").read_text())
     known = {field.name for field in dataclasses.fields(tg.Config)}
     base = {name: value for name, value in result["config"].items() if name in known}
-    cfg, _ = tg.read_config({}, base=base | dict(weights="auto", val_tokens_limit=args.val_tokens))
+    asked = max(METHODS[method].get("gptq_rows", 0) for method in args.methods)
+    cfg, _ = tg.read_config({}, base=base | dict(weights="auto", val_tokens_limit=args.val_tokens, gptq_rows=asked))
     run = tg.Run(cfg, tg.Launch(0, 1, 0))
     trainer = tg.Trainer(run)
     trainer.step, looping = result["steps"], cfg.loops
@@ -360,9 +361,10 @@ def taxes(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, float, 
     whole, count = score(state), sum(tensor.numel() for tensor in state.values())
     for size in args.sizes or [int(bits * count / 8) for bits in args.bits]:
         for method in args.methods:
-            own, begin = dataclasses.replace(cfg, size_target=size, **METHODS[method]), time.perf_counter()
-            both = (hessians, outputs if own.gptq_rows else {}) if own.gptq else ({}, {})
-            quantizer = tg.Quantizer(own, state, both[0], fisher, both[1])
+            how, begin = dict(size_target=size, gptq_rows=0) | METHODS[method], time.perf_counter()
+            own = dataclasses.replace(cfg, **how)
+            known = (hessians if own.gptq else {}, fisher, outputs if own.gptq_rows else {})
+            quantizer = tg.Quantizer(own, state, *known)
             packed = tg.fit(own, quantizer, looping, 0)
             seconds = time.perf_counter() - begin
             found = score(tg.Artifact({}, looping, packed.stored).state())

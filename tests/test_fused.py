@@ -44,6 +44,12 @@ errors = {}
 for name, inputs in cases.items():
     ours, plain = (results(getattr(ops, name), inputs) for ops in (tg.FUSED, tg.PLAIN))
     errors[name] = max(float((a - b).norm() / b.norm()) for a, b in zip(ours, plain, strict=True))
+for states in (4, 8):
+    W, H = torch.randn(2, 3, 101), torch.randn(2, 101, 150)
+    known = tg.factor(H @ H.mT, 0.01, sort=False)
+    row, col = 0.2 + torch.rand(2, 3), 0.5 + torch.rand(2, 101)
+    ours, plain = (tg.gptq(W, known, row, col, states, fused=fused) for fused in (True, False))
+    errors[f"trellis{states}"] = float((ours != plain).double().mean())
 print(json.dumps(errors))
 """
 
@@ -59,7 +65,10 @@ def errors(request):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("name", ["mix_norm", "add_norm", "qk_rope", "exclude_self", "mlp", "softcap_nll"])
+NAMES = ["mix_norm", "add_norm", "qk_rope", "exclude_self", "mlp", "softcap_nll", "trellis4", "trellis8"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_fused_equals_plain(errors, name):
     """Within fp32 rounding."""
     assert errors[name] < 2e-6

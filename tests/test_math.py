@@ -337,20 +337,61 @@ def test_nothing_is_clipped():
     assert not value.dense().any()
 
 
-def test_fisher_is_the_mean_of_squared_gradients(corpus):
-    """Random signs give, in the mean, the sum over tokens of their own squared gradients."""
-    cfg = tiny("record", num_layers=2, loop_start=0, loop_end=0, xsa_last_n=1, tie_embeddings=True, **corpus.knobs())
+def test_fisher_is_the_mean_of_squared_gradients(corpus, monkeypatch):
+    """Random signs give, in the mean, the sum over tokens of their own squared gradients; of the outputs, whitened by
+    their inputs, the sum of their outer products."""
+    monkeypatch.setattr(tg, "FISHER_PASS", 16)
+    shape = dict(num_layers=2, loop_start=0, loop_end=0, xsa_last_n=1, tie_embeddings=True)
+    cfg = tiny("record", gptq_rows=8, **shape, **corpus.knobs())
     run, model = single(cfg), tiny_model(cfg)
     rows = random_ids(cfg, 2, 9)
+    hessians = tg.collect_hessians(run, model, rows, True)
+    inverse = {n: torch.linalg.inv(next(tg.dampings(H[None], cfg.percdamp)))[0] for n, H in hessians.items()}
     exact = {name: torch.zeros(len(p)) for name, p in model.named_parameters() if p.dim() == 2}
+    outer = dict.fromkeys(exact, 0.0)
     for nll in model(*tg.shifted(rows), True).flatten():
         grads = torch.autograd.grad(nll, [dict(model.named_parameters())[name] for name in exact], retain_graph=True)
         for name, grad in zip(exact, grads, strict=True):
             exact[name] += grad.square().sum(-1) / 16
-    many = tg.collect_fisher(run, model, rows.repeat(256, 1), True)
+            outer[name] += grad @ inverse[name] @ grad.T if name in inverse else 0
+    many, outputs = tg.collect_fisher(run, model, rows.repeat(256, 1), True, hessians)
     for name in many:
         assert float(many[name].sum() / exact[name].sum()) == pytest.approx(1, rel=0.5), name
+    assert {"blocks.0.attn.q.weight", "blocks.1.mlp.up.weight"} <= set(outputs) and "embed" not in outputs
+    for name, found in outputs.items():
+        scale = outer[name].diagonal().clamp_min(1e-30).rsqrt()
+        wanted = outer[name] * scale * scale[:, None]
+        assert (found - wanted).norm() < 0.3 * wanted.norm(), name
+        torch.testing.assert_close(found.diagonal(), torch.ones(len(found)))
     assert all(param.grad is None for param in model.parameters())
+
+
+@pytest.mark.parametrize("states", [1, 8])
+def test_rows_absorb_errors(states):
+    """Where outputs matter together, blocks of rows that make up for each other's errors lose less at the same rate,
+    the more blocks the less, and as much less as their gains say; one block is the plain way."""
+    n, r, c = 2, 64, 48
+    W, mixing = noise(n, r, c), noise(r, r, seed=2) * torch.logspace(0, -1, r)
+    known, H = tg.factor(correlated(c).expand(n, c, c), 1e-4, sort=False), correlated(c).expand(n, c, c)
+    G = (mixing @ mixing.T).expand(n, r, r)
+    gain = G.diagonal(dim1=-2, dim2=-1)
+    correlation = G * gain.rsqrt()[:, :, None] * gain.rsqrt()[:, None, :]
+    V = tg.cholesky_of_inverse(tg.curvature(gain, correlation), 1e-6)
+
+    def lost(block: int) -> tuple[float, float]:
+        own = tg.conditional_gain(V, block) if block else gain
+        stack = tg.Stack([], tg.TENSOR_PLAN[1], W, known, own, V if block else None)
+        row, col = tg.fisher_steps(tiny("record"), stack)
+        row, col = tg.on_grid(row - row.mean() - 4), tg.on_grid(col)
+        q = tg.rounded(stack, tg.powers(row), tg.powers(col), states, block)
+        E = W - torch.stack([tg.Quantized(*parts, states).dense() for parts in zip(q, row, col, strict=True)])
+        return float(torch.einsum("nij,njc,ncd,nid->", G, E, H, E)), float(own.log().mean().exp())
+
+    plain, one, four, all_ = (lost(block) for block in (0, r, 16, 1))
+    assert one == pytest.approx(plain, rel=1e-3)
+    assert all_[0] < four[0] < 0.75 * plain[0]
+    for found, gains in (four, all_):
+        assert found / plain[0] == pytest.approx(gains / plain[1], rel=0.3)
 
 
 @pytest.mark.parametrize("tied", [False, True])

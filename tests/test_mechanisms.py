@@ -480,11 +480,12 @@ def test_self_generated_text():
 
 def test_self_calibration_exports(corpus, tmp_path):
     """An export with its own text has Hessians of every matrix and says what the text took."""
-    cfg = config(gptq_calibration="self", gptq_calibration_batches=1, **corpus.knobs())
+    cfg = config(gptq_calibration="self", gptq_calibration_batches=1, gptq_rows=8, **corpus.knobs())
     trainer, result = trainer_of(cfg, tmp_path), {}
     rows = tg.calibration_rows(trainer)
-    hessians, fisher = tg.calibrate(trainer.run, trainer.model, trainer.model.state_dict(), rows, True, result)
+    hessians, fisher, outputs = tg.calibrate(trainer.run, trainer.model, trainer.model.state_dict(), rows, True, result)
     assert set(fisher) - set(hessians) == {"embed", "values.table"} and result["calibration_text_seconds"] > 0
+    assert set(hessians) - set(outputs) == {"head.weight"}
 
 
 def test_flops_of_linear_attention():

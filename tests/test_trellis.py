@@ -228,3 +228,16 @@ def test_another_version_is_refused(magic):
     blob = tg.pack(tiny("record"), stored_mix(), True)
     with pytest.raises(tg.UserError, match="another version"):
         tg.unpack(magic + blob[8:])
+
+
+def test_a_search_that_fails_is_told(monkeypatch):
+    """The kernel is tried before it is used: what it raises, or loses, is said, and the plain search goes on."""
+    device, plain = torch.device("cpu"), tg.gptq
+    tg.search_trouble.cache_clear()
+    assert "Error" in tg.search_trouble(8, device)  # no kernel runs here
+    for states, trouble in ((8, False), (1, True)):
+        tg.search_trouble.cache_clear()
+        monkeypatch.setattr(tg, "gptq", lambda *parts, fused, own=states: plain(*parts[:4], own if fused else 8))
+        assert ("it loses" in tg.search_trouble(8, device)) is trouble
+    tg.search_trouble.cache_clear()
+    assert not tg.fused_search(tiny("record"), device)

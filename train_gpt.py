@@ -7221,6 +7221,11 @@ def run_plan(cfg: Config, gpus: int) -> list[PlanRow]:
     ]  # fmt: skip
 
 
+def usual_bits(stored: TensorRow) -> float:
+    """Bits of a stored number in 16 MB of about 36 M weights."""
+    return {"half": 16, "factor": 3.4, "int": 4.7 if stored.bits == "embed_bits" else 3.4}[stored.codec]
+
+
 def describe_command(cfg: Config) -> None:
     """The plan of a run: settings, schedule, parameters by owner, bytes, FLOPs. Needs no data and no GPU."""
     print(f"preset {cfg.preset}: {PRESETS[cfg.preset].text}\n")
@@ -7242,10 +7247,8 @@ def describe_command(cfg: Config) -> None:
         f"\n{'parameters':>12}  {'optimizer':<8}{'lr':<14}{'codec':<8}bytes at 3.4 bits a matrix weight (embedding 4.7)"
     )
     for (optimizer, stored), count in rows.items():
-        bits = {"half": 16, "factor": 3.4, "int": 4.7 if stored.bits == "embed_bits" else 3.4}[stored.codec]
-        print(
-            f"{count:>12}  {optimizer.kind:<8}{optimizer.lr.split('|')[0]:<14}{stored.codec:<8}{count * bits / 8:.0f}"
-        )
+        size = f"{count * usual_bits(stored) / 8:.0f}"
+        print(f"{count:>12}  {optimizer.kind:<8}{optimizer.lr.split('|')[0]:<14}{stored.codec:<8}{size}")
     effective = effective_weights(model, {name: param.numel() for name, param in model.named_parameters()})
     print(f"{sum(rows.values()):>12}  stored in all, {effective} effective (seeded maps count as their matrices)")
     print(f"{len(packed_script(script_source())):>12}  bytes of packed script")

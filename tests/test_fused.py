@@ -72,3 +72,25 @@ NAMES = ["mix_norm", "add_norm", "qk_rope", "exclude_self", "mlp", "softcap_nll"
 def test_fused_equals_plain(errors, name):
     """Within fp32 rounding."""
     assert errors[name] < 2e-6
+
+
+COMPILES = """
+import train_gpt as tg
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+known = dict(code="*i32", into="*i32", found="*i32", top="fp32", STATES="constexpr", SPAN="constexpr")
+whole = ("rows", "columns", "begin", "first", "last", "count")
+kinds = {name: known.get(name, "i32" if name in whole else "*fp32") for name in tg.paths_kernel.arg_names}
+source = ASTSource(tg.paths_kernel, kinds, constexprs=dict(STATES=8, SPAN=64))
+print(len(compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=1)).asm["cubin"]))
+"""
+
+
+def test_the_search_compiles_for_hopper(request):
+    """To machine code, without a GPU: Triton brings its assembler."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILES], env=env, capture_output=True, text=True, cwd=request.config.rootpath
+    )
+    assert done.returncode == 0 and int(done.stdout) > 10000, done.stderr

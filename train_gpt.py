@@ -7111,7 +7111,22 @@ def finish(run: Run, trainer: Trainer, script: Path, artifact: Path, result: dic
     result["status"] = "done"
     total = result["total_bytes"]
     sizes = {"float": 4 * params} | {name: total for name in scored["stages"]}
+    if surprise := unexpected_loss(result):
+        run.log(f"warning: {surprise}")
     run.log(stage_table(result["stages"], sizes))
+
+
+def unexpected_loss(result: Mapping[str, Any]) -> str:
+    """A line where rounding cost far more than the curvature said; empty where it did not."""
+    stages = result["stages"]
+    lost = stages["quantized"]["val_loss"] - stages[result["weights"]]["val_loss"]
+    predicted = result["export"]["predicted_loss"]
+    if not predicted or lost < max(0.02, 10 * predicted):
+        return ""
+    return (
+        f"quantization cost {lost:.3f} nats a token where {predicted:.4f} were predicted: the loss is not smooth at "
+        "these weights. Look for a spike in the training loss; a lower MATRIX_LR may prevent it"
+    )
 
 
 def evidence_folder(path: Path) -> Path:

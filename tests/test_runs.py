@@ -194,6 +194,17 @@ def same_weights(place: Place, run_id: str) -> None:
         assert all(torch.equal(tensor, other[label][name]) for name, tensor in whole[label].items())
 
 
+def test_a_loss_that_nobody_predicted_is_told():
+    """Rounding that costs far more than its prediction is worth a warning; without a prediction there is none."""
+
+    def told(lost, predicted):
+        stages = dict(raw=dict(val_loss=3.0), ema=dict(val_loss=9.0), quantized=dict(val_loss=3.0 + lost))
+        return tg.unexpected_loss(dict(weights="raw", stages=stages, export=dict(predicted_loss=predicted)))
+
+    assert told(0.46, 0.0001).startswith("quantization cost 0.460 nats a token where 0.0001 were predicted")
+    assert not told(0.46, 0.1) and not told(0.01, 0.0001) and not told(0.46, 0)
+
+
 def test_sigterm_and_resume(ended, place):
     """SIGTERM ends with 143 after a checkpoint; resumed, the run ends with the very weights of one never stopped."""
     first, step, second = ended["term"]

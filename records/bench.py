@@ -21,8 +21,8 @@ transform (log2 n passes, compiled), and by that transform as products with two 
 effects: what each change of a base does to the loss at equal tokens, one short run after another in one process: the
 given changes and the rows of a group of gauntlet.txt that have the base's preset. Training only, the raw weights scored
 on plain windows of the validation text of DATA_PATH: for tuning, let that be text held out of the training text.
-Differences are within a seed; "usual bytes" are what 16 MB hold of such numbers. --out keeps a line for each run, and
-runs that it holds are not repeated; --part 1/2 and 2/2 of the same file may share a GPU.
+Differences are within a seed; "usual bytes" are what a change's numbers take where 36 M weights fill 16 MB. --out keeps
+a line for each run, and runs that it holds are not repeated; --part 1/2 and 2/2 of the same file may share a GPU.
 
 export: what trained weights lose in a file of equal size, by rounding to nearest, by SDClip and GPTQ (both with Brotli,
 as the seeds do it) and by ours. Each folder is a finished run (model.pt, result.json) whose data is where its settings
@@ -35,6 +35,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import shlex
 import statistics
 import sys
@@ -266,12 +267,14 @@ def short_run(env: dict[str, str], seed: int) -> dict[str, Any]:
             rows = trainer.stream.batch(step * count, count).to(run.device, non_blocking=True)
             loss, _ = trainer.train_step(rows, step / cfg.iterations)
 
-    seconds = timed(run, train)
-    windows = tg.plain_windows(val.targets, cfg.eval_seq_len)
-    score = tg.evaluate(run, trainer.model, val, windows, tg.looping_at(cfg, 1.0, cfg.iterations))
-    sizes = {name: param.numel() for name, param in trainer.model.named_parameters()}
+    try:
+        seconds = timed(run, train)
+        windows = tg.plain_windows(val.targets, cfg.eval_seq_len)
+        score = tg.evaluate(run, trainer.model, val, windows, tg.looping_at(cfg, 1.0, cfg.iterations))
+    finally:
+        sizes = {name: param.numel() for name, param in trainer.model.named_parameters()}
+        trainer.release()
     usual = sum(size * tg.usual_bits(tg.owner(name, tg.TENSOR_PLAN)) for name, size in sizes.items()) / 8
-    trainer.release()
     return dict(seed=seed, nats=score.val_loss, bpb=score.val_bpb, train_loss=float(loss), params=sum(sizes.values()),
                 bytes=usual, ms=1e3 * seconds / cfg.iterations, built_seconds=built, config=env)  # fmt: skip
 
@@ -287,7 +290,7 @@ def effects_table(rows: list[dict[str, Any]]) -> str:
         if not paired:
             continue
         gains = [row["bpb"] - control["bpb"] for row, control in paired]
-        added, size = (paired[0][0][key] - paired[0][1][key] for key in ("params", "bytes"))
+        added, size = (paired[0][0].get(key, math.nan) - paired[0][1].get(key, math.nan) for key in ("params", "bytes"))
         slower = statistics.median(row["ms"] / control["ms"] for row, control in paired)
         lines.append((statistics.mean(gains), [
             name, f"{statistics.mean(row['bpb'] for row, _ in paired):.4f}", report.shown(gains, 5), str(len(paired)),
@@ -311,6 +314,8 @@ def effects(args: argparse.Namespace) -> None:
             try:
                 row = dict(name=name) | short_run(env, seed)
             except Exception as error:  # whatever a change breaks, the others are still to be measured
+                if name == "base":
+                    raise
                 failed.append(name)
                 print(f"{name} failed: {type(error).__name__}: {str(error).strip()[:500]}", flush=True)
                 break

@@ -694,6 +694,9 @@ def settle(folder: Path, code: int, stopped: bool) -> RunData:
     return read_run(folder)
 
 
+RAISED = re.compile(r"(\[rank\d+\]: )?(?![\w.]*ChildFailedError)[\w.]+(Error|Exception|Failed)\b(: .|$)")
+
+
 def last_words(folder: Path) -> str:
     """The last line that a failed run printed: its own message, else that of an exception, else whatever it is."""
     try:
@@ -701,7 +704,7 @@ def last_words(folder: Path) -> str:
     except OSError:
         return ""
     ours = [line for line in lines if line.startswith("error:")]
-    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b: ", line)]
+    raised = [line for line in lines if RAISED.match(line)]
     return (ours or raised or lines or [""])[-1][:300]
 
 
@@ -1094,7 +1097,8 @@ def plot_loss(plt: Any, rows: Sequence[Row], path: Path, column: int, label: str
     if not drawn:
         plt.close(figure)
         return None
-    late = [y for x, y in points_drawn if x >= 0.05 * max(points_drawn)[0]]  # the first steps would flatten the rest
+    first = 0.05 * max(points_drawn)[0]
+    late = [y for x, y in points_drawn if x >= first]  # the first steps would flatten the rest
     margin = 0.05 * (max(late) - min(late)) + 1e-3
     axes.set_ylim(min(late) - margin, max(late) + margin)
     lines = "the first run of each row" if len(rows) > 6 else "one line a run"

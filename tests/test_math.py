@@ -383,7 +383,7 @@ def test_rows_absorb_errors(states):
         stack = tg.Stack([], tg.TENSOR_PLAN[1], W, known, own, V if block else None)
         row, col = tg.fisher_steps(tiny("record"), stack)
         row, col = tg.on_grid(row - row.mean() - 4), tg.on_grid(col)
-        q = tg.rounded(stack, tg.powers(row), tg.powers(col), states, block)
+        q = tg.round_stack(stack, tg.powers(row), tg.powers(col), states, block)
         E = W - torch.stack([tg.Quantized(*parts, states).dense() for parts in zip(q, row, col, strict=True)])
         return float(torch.einsum("nij,njc,ncd,nid->", G, E, H, E)), float(own.log().mean().exp())
 
@@ -392,6 +392,36 @@ def test_rows_absorb_errors(states):
     assert all_[0] < four[0] < 0.75 * plain[0]
     for found, gains in (four, all_):
         assert found / plain[0] == pytest.approx(gains / plain[1], rel=0.3)
+
+
+def test_shrinking_takes_what_sampling_explains():
+    """Correlations of independent outputs all but vanish, those of like ones stay."""
+    X = noise(32, 400)
+    alike = X + 3 * noise(1, 400, seed=5)
+    for data, least, most in ((X, 0.0, 0.3), (alike, 0.95, 1.0)):
+        measured = torch.corrcoef(data)
+        off = ~torch.eye(32, dtype=bool)
+        kept = tg.shrink_(measured.clone(), 400)[off].norm() / measured[off].norm()
+        assert least <= float(kept) <= most
+
+
+def test_an_export_heeds_both_curvatures():
+    """GPTQ_ROWS: the ledger predicts tr(G E H E^T) / 2, and feedback over rows makes it less at the same rate."""
+    name, mixing = "blocks.0.mlp.up.weight", noise(48, 48, seed=2) * torch.logspace(0, -1, 48)
+    G, H = mixing @ mixing.T, correlated(32)
+    state, gain = {name: noise(48, 32)}, G.diagonal()
+    known = ({name: H}, {name: gain * H.trace()}, {name: G * gain.rsqrt() * gain.rsqrt()[:, None]})
+
+    def exported(rows: int) -> tuple[float, float, float]:
+        quantizer = tg.Quantizer(tiny("record", gptq_rows=rows), state, *known[:2], known[2] if rows else {})
+        stored = quantizer.at(0.1)
+        error = state[name] - stored[name].dense()
+        row = tg.ledger(quantizer, stored, quantizer.fisher)[name]
+        return row["loss"], float(torch.trace(G @ error @ H @ error.T)) / 2, row["bits"]
+
+    plain, fed = exported(0), exported(8)
+    assert fed[0] == pytest.approx(fed[1], rel=1e-4)
+    assert fed[1] < 0.5 * plain[1] and fed[2] == pytest.approx(plain[2], abs=0.3)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -240,4 +240,8 @@ def test_a_search_that_fails_is_told(monkeypatch):
         monkeypatch.setattr(tg, "gptq", lambda *parts, fused, own=states: plain(*parts[:4], own if fused else 8))
         assert ("it loses" in tg.search_trouble(8, device)) is trouble
     tg.search_trouble.cache_clear()
+    monkeypatch.setattr(tg, "gptq", plain)
+    monkeypatch.setattr(tg, "select_ops", lambda *_: tg.FUSED)
     assert not tg.fused_search(tiny("record"), device)
+    monkeypatch.setattr(tg, "search_trouble", lambda *_: "")
+    assert tg.fused_search(tiny("record"), device) and not tg.fused_search(tiny("record", trellis_states=1), device)

@@ -5182,7 +5182,7 @@ def collect_fisher(
                 white = grad @ known[name].T
                 outputs[name].addmm_(white, white.T)
         model.zero_grad(set_to_none=True)
-    passes = float(run.sum(torch.tensor(float(len(parts)), device=run.device)))
+    passes = float(run.sum(torch.full((), float(len(parts)), device=run.device)))
     for name, total in outputs.items():
         run.sum(total)
         scale = total.diagonal().clamp_min(1e-30).rsqrt()

@@ -26,9 +26,8 @@ REGISTER = getattr(backend_registration, "_setup_privateuseone_for_python_backen
 FAR = "far"
 
 CARRIES = dict(use_compression_loss=True, linear_layers="1", use_eigenspace_routing=True, embed_init="spectral")
-LANES = dict(
-    gptq_rows=8, parallel_start_layer=2, ttt_linear_layers="1", ttt_linear_chunk=8, pack_docs=True, num_layers=4
-)
+LANES = dict(parallel_start_layer=2, ttt_linear_layers="1", ttt_linear_chunk=8, pack_docs=True, num_layers=4,
+             gptq_rows=8)  # fmt: skip
 SEEDS = dict(seed_maps="up", seed_per_visit=True, k_rank=8, muon_beta2=0.95, depth_embed=True, bigram_dim=8, ve_dim=8)
 ROUTES = dict(num_layers=4, deq_layer=3, deq_slope_penalty=0.1, deq_max_iter_train=2, deq_phantom_steps=1, deq_tol=0.1,
               deq_max_iter_eval=1, deq_anderson_history=2, mod_rule="threshold", mod_balance_loss=0.1)  # fmt: skip

@@ -2740,8 +2740,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, chunk
 
     Chunked: a product of [C, C] inside a chunk, a state [K + 1, K] of those before it, fp32; the last row is the
     denominator's. Cost a token and a head: C K + K^2 instead of T K. Not softmax attention at the start: it has no
-    sharp maximum. Effect on a CPU: docs/experiments.md;
-    on a GPU +0.0095 bpb (150 steps over pr1783).
+    sharp maximum. Effect on a CPU: docs/experiments.md; on a GPU +0.0095 bpb (150 steps over pr1783).
     """
     (time, heads), kind = q.shape[1:3], q.dtype
     docs, last, before = chunk_documents(q, docs, chunk)
@@ -3095,8 +3094,7 @@ class Universal(Block):
 class InputTable(nn.Module):
     """e_t + F[id_t], F [V, D] a table of the input alone (PR #298 calls it value embeddings): it partly unties a tied
     head. Starts as the identity, F = 0. Added: V D weights at EMBED_BITS. In a small tied model on a CPU it gained 0.07
-    nats (docs/experiments.md);
-    on a GPU +0.0155 bpb (150 steps over pr1783)."""
+    nats (docs/experiments.md); on a GPU +0.0155 bpb (150 steps over pr1783)."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -3894,8 +3892,7 @@ class ExitGate(Carry):
     EXIT_PENALTY is what a pass costs a token that stays (ACT's ponder cost, Graves 2016). Starts at b = -2: all stay.
     PR #298's gate multiplies by g + (1 - g). What it saves is the MLP of those who left; ``probe_exits`` measures it.
     On a CPU a cost of 0.003 sent nearly all tokens away and lost 0.035 nats, a tenth of it nothing above the noise, and
-    no time worth naming was saved (docs/experiments.md);
-    on a GPU +0.0001 bpb (150 steps over pr1783).
+    no time worth naming was saved (docs/experiments.md); on a GPU +0.0001 bpb (150 steps over pr1783).
     """
 
     def __init__(self, cfg: Config, passes: int):
@@ -4558,8 +4555,7 @@ def spectral_embedding(run: Run, model: GPT, stream: TrainStream, tokens: int = 
     of the usual noise on top for tokens without pairs (PR #298 has the name, on i.i.d. noise of a small variance).
 
     By a randomized range finder with two power iterations (Halko et al. 2011), its noise from counters. Cost: seconds
-    of start-up. Effect on a CPU: docs/experiments.md;
-    on a GPU -0.0229 bpb (150 steps over pr1783).
+    of start-up. Effect on a CPU: docs/experiments.md; on a GPU -0.0229 bpb (150 steps over pr1783).
     """
     cfg, size = model.cfg, model.cfg.vocab_size
     rows = stream.batch(0, max(1, tokens // cfg.train_seq_len)).long()

@@ -54,7 +54,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -367,29 +367,33 @@ PR1783 = dict(
     vocab_size=8192, xsa_last_n=11, qk_gain_init=5.5, num_loops=3, loop_start=3, loop_end=5, parallel_residual_start=5
 )  # fmt: skip
 
-# the challenge's baseline, from which its first entries come
-BASELINE = dict(
-    mlp_mult=2.0,
+# what the challenge's baseline has, and its first entries with it
+FIRST = dict(
     mlp_slope=0.0,
     rope_dims=0,
     qk_gain_init=1.5,
     xsa_last_n=0,
     ln_scale=False,
-    skip_kind="add",
-    parallel_residual_start=-1,
-    train_batch_tokens=524288,
-    matrix_lr=0.04,
-    scalar_lr=0.04,
-    tied_embed_lr=0.05,
     embed_wd=0.0,
     adam_wd=0.0,
     muon_momentum=0.95,
     muon_momentum_warmup_start=0.85,
     muon_momentum_warmup_steps=500,
     muon_row_normalize=False,
+    matrix_bits=8,
+)
+
+BASELINE = dict(
+    **FIRST,
+    mlp_mult=2.0,
+    skip_kind="add",
+    parallel_residual_start=-1,
+    train_batch_tokens=524288,
+    matrix_lr=0.04,
+    scalar_lr=0.04,
+    tied_embed_lr=0.05,
     grad_clip_norm=0.0,
     ema_decay=0.0,
-    matrix_bits=8,
 )
 
 PRESETS: dict[str, Preset] = {
@@ -454,14 +458,10 @@ PRESETS: dict[str, Preset] = {
         "RLMA in a universal transformer: a layer, one shared layer x 6, a layer; W_k = a_k R_k + U V. Differs: output "
         "maps start at a = 0, learning rate to 0, whole-context evaluation, small embedding, GPTQ on the factors.",
         dict(
+            **FIRST,
             num_layers=3,
             model_dim=1024,
             mlp_mult=3.0,
-            mlp_slope=0.0,
-            rope_dims=0,
-            qk_gain_init=1.5,
-            xsa_last_n=0,
-            ln_scale=False,
             resid_mix=False,
             skip_kind="none",
             num_loops=5,
@@ -486,14 +486,7 @@ PRESETS: dict[str, Preset] = {
             lora_wd=0.04,
             scalar_lr=0.003,
             tied_embed_lr=0.003,
-            embed_wd=0.0,
-            adam_wd=0.0,
-            muon_momentum=0.95,
-            muon_momentum_warmup_start=0.85,
-            muon_momentum_warmup_steps=500,
-            muon_row_normalize=False,
             grad_clip_norm=0.2,
-            matrix_bits=8,
         ),
     ),  # fmt: skip
     "pr1435": Preset(
@@ -3056,8 +3049,8 @@ class Universal(Block):
     DEPTH_EMBED: D_k [turns, D] joins the stream before visit k. STEP_GATES: 1 + tanh(G_k) multiplies what attention
     and MLP add, G [turns, 2, D]. Both start at zero: the identity. Cost: 3 D fp16 numbers a visit.
     PASS_CONTROLS (PR #298): attn_scale, mlp_scale [turns, D] and resid_mix [turns, 2, D] of each visit alone, which all
-    start as the layer's would: 4 D more numbers a further visit. Effect on a CPU: docs/experiments.md; not measured on
-    a GPU yet.
+    start as the layer's would: 4 D more numbers a further visit. Effect on a CPU: docs/experiments.md; on a GPU
+    -0.0451 bpb (150 steps over pr1783).
     """
 
     def __init__(self, cfg: Config, layer: LayerSpec, name: str, backend: str):
@@ -3738,8 +3731,8 @@ class Routed(Universal):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Carries: what a pass over the repeated layers leaves to the next one (PR #298, rebuilt). Effects on a CPU, each alone:
-# docs/experiments.md; none was measured on a GPU yet
+# Carries: what a pass over the repeated layers leaves to the next one (PR #298, rebuilt). Effects, each alone, on a CPU
+# and in 150 steps on a GPU, where none shows: docs/experiments.md
 # ----------------------------------------------------------------------------------------------------------------------
 
 CARRY_RANK, TD_DISCOUNT, TD_WEIGHT = 16, 0.9, 1e-3
@@ -4960,6 +4953,11 @@ def half_steps(q: Tensor, states: int) -> Tensor:
     return found[:, :columns]
 
 
+def in_values(q: Tensor, states: int) -> Tensor:
+    """What integers of rows [..., r, c] stand for, in steps, fp32."""
+    return q.float() + half_steps(q.flatten(0, -2), states).view_as(q).float() / 2
+
+
 class Quantized(NamedTuple):
     """A matrix as integers: weight [r, c] = (q or q + 1/2) x 2^(row / GRID) x 2^(col / GRID); q int16, row, col int8.
 
@@ -4974,7 +4972,7 @@ class Quantized(NamedTuple):
 
     def values(self) -> Tensor:
         """In steps, fp32 [r, c]."""
-        return self.q.float() + half_steps(self.q, self.states).float() / 2
+        return in_values(self.q, self.states)
 
     def dense(self) -> Tensor:
         return self.values() * (powers(self.row)[:, None] * powers(self.col))
@@ -5145,6 +5143,12 @@ def shrink_(correlation: Tensor, samples: float) -> Tensor:
     return correlation
 
 
+def fed_back(cfg: Config, names: Iterable[str]) -> list[str]:
+    """Those whose rows absorb errors, if GPTQ_ROWS asks for it: matrices, but no tables of tokens and no adapters."""
+    plans = {name: owner(name, TENSOR_PLAN) for name in names if cfg.gptq_rows}
+    return [name for name, plan in plans.items() if plan.codec == "int" and plan.bits == "matrix_bits"]
+
+
 def collect_fisher(
     run: Run, model: GPT, rows: Tensor, looping: bool, hessians: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -5159,8 +5163,7 @@ def collect_fisher(
     """
     owned = {n: p for n, p in model.named_parameters() if owner(n, TENSOR_PLAN).codec != "half"}
     fisher = {name: torch.zeros(len(param), device=run.device) for name, param in owned.items()}
-    maps = [n for n in owned if (plan := owner(n, TENSOR_PLAN)).codec == "int" and plan.bits == "matrix_bits"]
-    maps = [n for n in maps if n in hessians and run.cfg.gptq_rows]  # no tables of tokens, no adapters
+    maps = [name for name in fed_back(run.cfg, owned) if name in hessians]
     known = {n: factor(hessians[n][None], run.cfg.percdamp, sort=False).U[0] for n in maps}
     outputs = {name: torch.zeros(len(owned[name]), len(owned[name]), device=run.device) for name in maps}
     share, signs = run.split(len(rows)), torch.Generator().manual_seed(run.rank)
@@ -5178,7 +5181,7 @@ def collect_fisher(
                 white = grad @ known[name].T
                 outputs[name].addmm_(white, white.T)
         model.zero_grad(set_to_none=True)
-    passes = float(run.sum(torch.full((), float(len(parts)), device=run.device)))
+    passes = float(run.sum(torch.full((), float(len(parts)), device=run.device))) if maps else 0.0
     for name, total in outputs.items():
         run.sum(total)
         scale = total.diagonal().clamp_min(1e-30).rsqrt()
@@ -5241,6 +5244,13 @@ def in_steps(W: Tensor, row: Tensor, col: Tensor) -> tuple[Tensor, Tensor]:
     return rows, cols / cols.mean(1, keepdim=True).clamp_min(1e-30)
 
 
+def first_state(like: Tensor, rows: int, states: int) -> tuple[Tensor, Tensor]:
+    """What a search starts from: paths' costs [rows, states], none but state 0 open, and branches by their end."""
+    cost = like.new_full((rows, states), math.inf)
+    cost[:, 0] = 0
+    return cost, torch.from_numpy(machine(states)).long().argsort(stable=True).to(like.device)
+
+
 class Paths:
     """Viterbi search: for every row and state of the machine, the best integers so far that end in that state.
 
@@ -5250,10 +5260,8 @@ class Paths:
 
     def __init__(self, like: Tensor, rows: int, states: int, span: int):
         self.states, self.trail, device = states, [], like.device
-        self.cost = like.new_full((rows, states), math.inf)
-        self.cost[:, 0] = 0
+        self.cost, self.into = first_state(like, rows, states)
         self.past, self.spare = like.new_zeros(2, rows * states, span)  # two: no column allocates
-        self.into = torch.from_numpy(machine(states)).long().argsort(stable=True).to(device)  # branches by their end
         self.first = torch.arange(0, rows * states, states, device=device)[:, None]
         self.least = torch.arange(states, device=device)[:, None] % 2 / 2 + torch.arange(2, device=device)
 
@@ -5354,11 +5362,9 @@ class FusedPaths:
 
     def __init__(self, like: Tensor, rows: int, states: int, span: int):
         self.states, self.span, self.held = states, span, 0
-        self.cost = like.new_full((rows, states), math.inf)
-        self.cost[:, 0] = 0
-        self.past = like.new_zeros(rows, states, span)
+        self.cost, into = first_state(like, rows, states)
+        self.past, self.into = like.new_zeros(rows, states, span), into.int()
         self.code = torch.zeros_like(self.past, dtype=torch.int32)
-        self.into = torch.from_numpy(machine(states)).long().argsort(stable=True).int().to(like.device)
 
     def advance(
         self, W: Tensor, U: Tensor, step: Tensor, weight: Tensor, begin: int, upto: int, count: int
@@ -5422,9 +5428,9 @@ def search_trouble(states: int, device: torch.device) -> str:
         W, X = (torch.randn(2, *size, generator=draw).to(device) for size in ((rows, columns), (columns, 200)))
         H, row, col, lost = X @ X.mT, torch.full_like(W[:, :, 0], 0.2), torch.ones_like(W[:, 0]), []
         try:
+            known = factor(H, 0.01, sort=False)
             for fused in (False, True):
-                q = gptq(W, factor(H, 0.01, sort=False), row, col, states, fused=fused)
-                E = W - 0.2 * (q + half_steps(q.flatten(0, 1), states).view_as(q) / 2)
+                E = W - 0.2 * in_values(gptq(W, known, row, col, states, fused=fused), states)
                 lost.append(float(((E @ H) * E).sum()))
         except Exception as error:  # a compiler's, where the plain search serves as well; a device that fails stays so
             return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
@@ -5433,10 +5439,14 @@ def search_trouble(states: int, device: torch.device) -> str:
     return ""
 
 
+def has_search(cfg: Config, device: torch.device) -> bool:
+    """Whether there is a trellis and a kernel to search it: where operations are fused."""
+    return cfg.trellis_states > 1 and select_ops(cfg, device) is FUSED
+
+
 def fused_search(cfg: Config, device: torch.device) -> bool:
-    """Whether the kernel searches the trellis: where operations are fused, and it has been seen to work."""
-    able = cfg.trellis_states > 1 and select_ops(cfg, device) is FUSED
-    return able and not search_trouble(cfg.trellis_states, device)
+    """Whether the kernel searches the trellis: it has to be there, and to have been seen to work."""
+    return has_search(cfg, device) and not search_trouble(cfg.trellis_states, device)
 
 
 class Stack(NamedTuple):
@@ -5471,15 +5481,14 @@ def round_stack(stack: Stack, row: Tensor, col: Tensor, states: int, block: int,
     |X|^2 in H's norm, so rows after a block absorb its errors as columns do in ``gptq``. Cost: ``gptq`` for each block.
     Effect on a CPU: predicted loss -20 to -26 %, tax at 3 bits -21 % within noise, at 2.4 bits +12 %: off by default.
     """
-    known, W, steps = stack.known or independent(stack.W), stack.W, row[:, :, None] * col[:, None, :]
+    known = stack.known or independent(stack.W)
     if stack.outer is None:
-        return gptq(W, known, row, col, states, fused=fused)
-    W, parts = W.clone(), []
+        return gptq(stack.W, known, row, col, states, fused=fused)
+    W, parts = stack.W.clone(), []
     for begin in range(0, W.shape[1], block):
         own, V = slice(begin, begin + block), stack.outer[:, begin : begin + block]
         parts.append(gptq(W[:, own], known, row[:, own], col, states, fused=fused))
-        halves_ = half_steps(parts[-1].flatten(0, 1), states).view_as(parts[-1]) / 2
-        error = W[:, own] - (parts[-1] + halves_) * steps[:, own]
+        error = W[:, own] - in_values(parts[-1], states) * (row[:, own, None] * col[:, None, :])
         X = torch.linalg.solve_triangular(V[:, :, own].mT, error, upper=False)
         W[:, begin + block :] -= V[:, :, begin + block :].mT @ X
     return torch.cat(parts, 1)
@@ -6840,15 +6849,13 @@ def log_header(run: Run, trainer: Trainer, val: ValStream) -> None:
         run.log(f"gptq:reserving {cfg.gptq_reserve_seconds:g}s, effective={1e3 * effective:.0f}ms")
 
 
-def sample_curvature(cfg: Config, state: Mapping[str, Tensor], names: Iterator[str]) -> tuple[dict, dict, dict]:
+def sample_curvature(cfg: Config, state: Mapping[str, Tensor]) -> tuple[dict, dict, dict]:
     """As ``calibrate``, of independent inputs and outputs and as far as GPTQ_ROWS asks, so that its operations run."""
-    maps = [n for n in names if (plan := owner(n, TENSOR_PLAN)).codec == "int" and plan.bits == "matrix_bits"]
-    shapes = {name: state[name].shape for name in maps if cfg.gptq_rows}
-    eye = functools.partial(torch.eye, device=next(iter(state.values())).device)
+    maps = {name: state[name] for name in fed_back(cfg, state)}
     return (
-        {name: eye(columns) for name, (_, columns) in shapes.items()},
-        {name: torch.ones_like(state[name][:, 0]) for name in shapes},
-        {name: eye(rows) for name, (rows, _) in shapes.items()},
+        {name: torch.eye(W.shape[1], device=W.device) for name, W in maps.items()},
+        {name: torch.ones_like(W[:, 0]) for name, W in maps.items()},
+        {name: torch.eye(W.shape[0], device=W.device) for name, W in maps.items()},
     )
 
 
@@ -6860,8 +6867,7 @@ def preflight(run: Run, trainer: Trainer, code: int) -> None:
         raise UserError(f"COMPRESSOR={cfg.compressor} needs the package {package}: pip install {package}")
     if not run.main:
         return
-    if trainer.model.ops is FUSED and cfg.trellis_states > 1 and not fused_search(cfg, run.device):
-        trouble = search_trouble(cfg.trellis_states, run.device)
+    if has_search(cfg, run.device) and (trouble := search_trouble(cfg.trellis_states, run.device)):
         run.log(f"warning: the trellis is searched without its kernel, seconds slower: {trouble}")
     state = trainer.model.state_dict()
     copies = 2 * (4 + len(trainer.ema.averages))  # a checkpoint, the one it replaces, and the final weights
@@ -6874,8 +6880,8 @@ def preflight(run: Run, trainer: Trainer, code: int) -> None:
     noise = torch.Generator(run.device).manual_seed(0)
     state = {n: t + 1e-3 * t.new_empty(t.shape).normal_(generator=noise) * (t.dim() > 1) for n, t in state.items()}
     kinds = {(owner(name, TENSOR_PLAN), tensor.shape): name for name, tensor in state.items()}  # one of each will do
-    known = sample_curvature(cfg, state, iter(kinds.values()))
-    stored = Quantizer(cfg, {name: state[name] for name in kinds.values()}, *known).at(1.0)
+    sample = {name: state[name] for name in kinds.values()}
+    stored = Quantizer(cfg, sample, *sample_curvature(cfg, sample)).at(1.0)
     back = unpack(pack(cfg, stored, cfg.loops, quick=True)).state()
     for name, tensor in Artifact({}, False, stored).state().items():
         if not torch.equal(tensor.cpu(), back[name]):

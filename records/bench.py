@@ -369,8 +369,7 @@ def taxes(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, float, 
         for method in args.methods:
             how, begin = dict(size_target=size, gptq_rows=0) | METHODS[method], time.perf_counter()
             own = dataclasses.replace(cfg, **how)
-            known = (hessians if own.gptq else {}, fisher, outputs if own.gptq_rows else {})
-            quantizer = tg.Quantizer(own, state, *known)
+            quantizer = tg.Quantizer(own, state, hessians if own.gptq else {}, fisher, outputs if own.gptq_rows else {})
             packed = tg.fit(own, quantizer, looping, 0)
             seconds = time.perf_counter() - begin
             found = score(tg.Artifact({}, looping, packed.stored).state())

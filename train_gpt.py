@@ -313,7 +313,8 @@ class Config:
     quant_steps: str = knob("quant", "fisher", "step sizes: equal loss a bit everywhere, in columns only, or SDClip",
                             choices=("fisher", "hessian", "sdclip"))
     fisher_tokens: int = knob("quant", 262144, "calibration tokens that QUANT_STEPS=fisher reads", lo=2)
-    gptq_rows: int = knob("quant", 0, "rows rounded together, whose errors later rows absorb; 0: none do", lo=0)
+    gptq_rows: int = knob("quant", 32, "rows rounded together, whose errors later rows absorb (with GPTQ=1 and "
+                          "QUANT_STEPS=fisher); 0: none do", lo=0)
     trellis_states: int = knob("quant", 8, "trellis-coded quantization: states of its machine; 1: scalar",
                                choices=(1, 4, 8, 16))
     compressor: str = knob("quant", "ans", "lossless coder of the integer streams",
@@ -671,8 +672,6 @@ TRAIN_CHECKS: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda c: not c.max_wallclock_seconds or c.gptq_reserve_seconds < c.max_wallclock_seconds,
      "GPTQ_RESERVE_SECONDS={gptq_reserve_seconds} must be less than MAX_WALLCLOCK_SECONDS={max_wallclock_seconds}"),
     (lambda c: c.weights != "ema" or c.ema_decay > 0, "WEIGHTS=ema needs EMA_DECAY > 0"),
-    (lambda c: not c.gptq_rows or (c.gptq and c.quant_steps == "fisher"),
-     "GPTQ_ROWS needs GPTQ=1 and QUANT_STEPS=fisher"),
     *((lambda c, name=name: not getattr(c, name) or c.deq_grad == "phantom", f"{name.upper()} needs DEQ_GRAD=phantom")
       for name in ("deq_residual_penalty", "deq_slope_penalty")),
     (lambda c: not c.size_limit or c.size_target <= c.size_limit,
@@ -4893,8 +4892,10 @@ class TensorRow(NamedTuple):
     clip: str = ""
 
 
+TABLES = r"embed|(mixers\.(bigram|input)|values)\.table"  # rows are looked up
+TOKEN_TABLES = r"embed|head\.weight|(mixers\.input|values)\.table"  # a row for each token
 TENSOR_PLAN = (
-    TensorRow(r"embed|head\.weight|(mixers\.(bigram|input)|values)\.table", "int", "embed_bits", "embed_clip_sigmas"),
+    TensorRow(rf"{TABLES}|head\.weight", "int", "embed_bits", "embed_clip_sigmas"),
     TensorRow(r"(blocks\.\d+|mixers|values)\..*\.weight", "int", "matrix_bits", "matrix_clip_sigmas"),
     TensorRow(r"carries\.\w+\.(down|up)\.weight", "int", "matrix_bits", "matrix_clip_sigmas"),
     TensorRow(r"carries\.state\.(gates|candidate)\.weight", "half"),  # saturated: the Fisher sums vanish
@@ -5145,15 +5146,18 @@ def shrink_(correlation: Tensor, samples: float) -> Tensor:
 
 def fed_back(cfg: Config, names: Iterable[str]) -> list[str]:
     """Those whose rows absorb errors, if GPTQ_ROWS asks for it: matrices, but no tables of tokens and no adapters."""
-    plans = {name: owner(name, TENSOR_PLAN) for name in names if cfg.gptq_rows}
+    asked = cfg.gptq_rows and cfg.gptq and cfg.quant_steps == "fisher"
+    plans = {name: owner(name, TENSOR_PLAN) for name in names if asked}
     return [name for name, plan in plans.items() if plan.codec == "int" and plan.bits == "matrix_bits"]
 
 
 def collect_fisher(
     run: Run, model: GPT, rows: Tensor, looping: bool, hessians: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Row sums of the diagonal Fisher information of every quantized matrix, nats a token: name -> fp32 [r], and how
-    the gradients of a map's outputs correlate: name -> fp32 [r, r] with ones on its diagonal, if its Hessian is known.
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """What gradients tell of every quantized matrix: row sums of its diagonal Fisher information, nats a token, name ->
+    fp32 [r]; how the gradients of a map's outputs correlate, fp32 [r, r] with ones on its diagonal, if its Hessian is
+    known; and with GPTQ=1 the second moment of a table's rows' gradients, fp32 [c, c], mean diagonal 1, each row's over
+    its own Fisher sum: tables have no input whose Hessian it would be, and a tied embedding has two roles.
 
     F_rc = E[(d nll_t / d W_rc)^2]. One backward pass of sum_t s_t nll_t with random signs s_t has a gradient whose
     square is, in the mean over signs, the sum of the squares of the tokens' own gradients: no pass for each token, and
@@ -5164,11 +5168,13 @@ def collect_fisher(
     owned = {n: p for n, p in model.named_parameters() if owner(n, TENSOR_PLAN).codec != "half"}
     fisher = {name: torch.zeros(len(param), device=run.device) for name, param in owned.items()}
     maps = [name for name in fed_back(run.cfg, owned) if name in hessians]
+    looked_up = [name for name in owned if run.cfg.gptq and re.fullmatch(TABLES, name)]
+    tables = {name: torch.zeros(*2 * owned[name].shape[1:], device=run.device) for name in looked_up}
     known = {n: factor(hessians[n][None], run.cfg.percdamp, sort=False).U[0] for n in maps}
     outputs = {name: torch.zeros(len(owned[name]), len(owned[name]), device=run.device) for name in maps}
     share, signs = run.split(len(rows)), torch.Generator().manual_seed(run.rank)
     parts = rows[share.start : share.stop].split(max(1, (FISHER_PASS if maps else 8192) // rows.shape[1]))
-    for part in parts:
+    for count, part in enumerate(parts, 1):
         flip = 2.0 * torch.randint(2, (len(part), part.shape[1] - 1), generator=signs) - 1
         with eager(model):
             (model(*shifted(part.to(run.device)), looping) * flip.to(run.device)).sum().backward()
@@ -5180,13 +5186,39 @@ def collect_fisher(
             if name in known:
                 white = grad @ known[name].T
                 outputs[name].addmm_(white, white.T)
+            if name in tables:
+                even = grad * (count / (fisher[name] + 0.01 * fisher[name].mean() + 1e-30)).sqrt()[:, None]
+                tables[name].addmm_(even.T, even)
         model.zero_grad(set_to_none=True)
     passes = float(run.sum(torch.full((), float(len(parts)), device=run.device))) if maps else 0.0
     for name, total in outputs.items():
         run.sum(total)
         scale = total.diagonal().clamp_min(1e-30).rsqrt()
         shrink_(total.mul_(scale[:, None]).mul_(scale), passes * owned[name].shape[1])
-    return {name: run.sum(total) / (len(rows) * (rows.shape[1] - 1)) for name, total in fisher.items()}, outputs
+        total.mul_(0.8).diagonal().fill_(1)  # other text bears out so much: 0.7 to 0.85 lost least, 1 a little more
+    for name, total in tables.items():
+        total /= run.sum(total).diagonal().mean().clamp_min(1e-30)
+    fisher = {name: run.sum(total) / (len(rows) * (rows.shape[1] - 1)) for name, total in fisher.items()}
+    return fisher, outputs, {name: total for name, total in tables.items() if total.any()}
+
+
+def steadied(cfg: Config, fisher: dict[str, Tensor], rows: Tensor, read: Tensor) -> dict[str, Tensor]:
+    """Fisher row sums in which the rows of tables of tokens follow the tokens' frequencies in ``rows`` [n, T+1].
+
+    A row's sum is its token's frequency times what one occurrence is worth, and the text ``read`` [m, T+1] for the
+    sums meets most tokens a few times or never: as they are, rare rows would be rounded to almost nothing. So the
+    worth of an occurrence is averaged with ten occurrences of the table's mean worth, and the frequency comes from all
+    calibration text, with two occurrences more for each token.
+    Effect (37 M weights of a sprint's ``pr1435``, 98 thousand tokens read, scalar quantizer, 3.57 bits): KL divergence
+    from the float model 0.0113 -> 0.0079 nats; of the tied embedding alone at 4 bits 0.0040 -> 0.0017.
+    """
+    often, met = (torch.bincount(text.flatten(), minlength=cfg.vocab_size).float() for text in (rows, read))
+    often, found = (often + 2) / (often + 2).sum(), dict(fisher)
+    for name, sums in fisher.items():
+        if re.fullmatch(TOKEN_TABLES, name):
+            own, seen = often.to(sums.device), met.to(sums.device)
+            found[name] = own * (seen.sum() * sums + 10 * sums.sum()) / (seen + 10)
+    return found
 
 
 def dampings(H: Tensor, percdamp: float) -> Iterator[Tensor]:
@@ -6971,8 +7003,9 @@ def calibrate(
             run.log(f"GPTQ:collected {len(hessians)} Hessians in {result['hessian_seconds']:.1f}s")
         if cfg.quant_steps == "fisher":
             with stopwatch(run) as seconds:
-                rows = rows[: max(1, cfg.fisher_tokens // rows.shape[1])]
-                fisher, outputs = collect_fisher(run, model, rows, looping, hessians)
+                read = rows[: max(1, cfg.fisher_tokens // rows.shape[1])]
+                fisher, outputs, tables = collect_fisher(run, model, read, looping, hessians)
+                fisher, hessians = steadied(cfg, fisher, rows, read), hessians | tables
                 result["fisher_seconds"] = seconds()
             run.log(f"fisher: sensitivity of {len(fisher)} matrices in {result['fisher_seconds']:.1f}s")
     return hessians, fisher, outputs

@@ -330,16 +330,17 @@ def effects(args: argparse.Namespace) -> None:
         raise tg.UserError(f"not measured: {', '.join(failed)}; the messages are above")
 
 
-SEEDS = dict(quant_steps="sdclip", compressor="brotli", trellis_states=1)
+SEEDS = dict(quant_steps="sdclip", compressor="brotli", trellis_states=1, gptq_rows=0)
 METHODS = {
     "nearest": SEEDS | dict(gptq=False),
     "sdclip": SEEDS,
     "sdclip_ans": SEEDS | dict(compressor="ans"),
-    "scalar": dict(trellis_states=1),
+    "scalar": dict(trellis_states=1, gptq_rows=0),
+    "columns": dict(gptq_rows=0),
     "trellis4": dict(trellis_states=4),
     "ours": {},
     "trellis16": dict(trellis_states=16),
-    "rows": dict(gptq_rows=128),
+    "rows128": dict(gptq_rows=128),
 }
 
 
@@ -348,15 +349,18 @@ def taxes(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, float, 
     result = json.loads((folder / "result.json").read_text())
     known = {field.name for field in dataclasses.fields(tg.Config)}
     base = {name: value for name, value in result["config"].items() if name in known}
-    asked = max(METHODS[method].get("gptq_rows", 0) for method in args.methods)
-    cfg, _ = tg.read_config({}, base=base | dict(weights="auto", val_tokens_limit=args.val_tokens, gptq_rows=asked))
+    cfg, _ = tg.read_config({}, base=base | dict(weights="auto", val_tokens_limit=args.val_tokens))
     run = tg.Run(cfg, tg.Launch(0, 1, 0))
     trainer = tg.Trainer(run)
     trainer.step, looping = result["steps"], cfg.loops
     saved = torch.load(folder / "model.pt", weights_only=True, map_location=run.device)[result["weights"]]
     state = {name: tensor.float() for name, tensor in saved.items()}
     rows = tg.calibration_rows(trainer)
-    hessians, fisher, outputs = tg.calibrate(run, trainer.model, state, rows, looping, {})
+    learned = {}
+    for steps in {METHODS[method].get("quant_steps", "fisher") for method in args.methods}:
+        run.cfg = dataclasses.replace(cfg, quant_steps=steps)
+        learned[steps] = tg.calibrate(run, trainer.model, state, rows, looping, {})
+    run.cfg = cfg
     val = tg.load_validation(cfg, tg.load_tokenizer(cfg))
     windows = tg.plain_windows(val.targets, cfg.eval_seq_len)
 
@@ -367,8 +371,8 @@ def taxes(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, float, 
     whole, count = score(state), sum(tensor.numel() for tensor in state.values())
     for size in args.sizes or [int(bits * count / 8) for bits in args.bits]:
         for method in args.methods:
-            how, begin = dict(size_target=size, gptq_rows=0) | METHODS[method], time.perf_counter()
-            own = dataclasses.replace(cfg, **how)
+            own, begin = dataclasses.replace(cfg, size_target=size, **METHODS[method]), time.perf_counter()
+            hessians, fisher, outputs = learned[own.quant_steps]
             quantizer = tg.Quantizer(own, state, hessians if own.gptq else {}, fisher, outputs if own.gptq_rows else {})
             packed = tg.fit(own, quantizer, looping, 0)
             seconds = time.perf_counter() - begin

@@ -201,7 +201,6 @@ CONTRADICTIONS = {
     ),
     "average": ({"WEIGHTS": "ema", "EMA_DECAY": "0"}, "EMA_DECAY"),
     "gate": ({"ATTN_GATE_DIMS": "513"}, "ATTN_GATE_DIMS"),
-    "rows": ({"GPTQ_ROWS": "64", "QUANT_STEPS": "sdclip"}, "GPTQ_ROWS"),
     "seeded": ({"SEED_MAPS": "q,upp"}, "SEED_MAPS"),
     "seeded_layer": ({"SEED_LAYERS": "3,11"}, "SEED_LAYERS"),
     "inner_layer": ({"TTT_LINEAR_LAYERS": "2,11"}, "TTT_LINEAR_LAYERS"),

@@ -354,7 +354,7 @@ def test_fisher_is_the_mean_of_squared_gradients(corpus, monkeypatch):
         for name, grad in zip(exact, grads, strict=True):
             exact[name] += grad.square().sum(-1) / 16
             outer[name] += grad @ inverse[name] @ grad.T if name in inverse else 0
-    many, outputs = tg.collect_fisher(run, model, rows.repeat(256, 1), True, hessians)
+    many, outputs, tables = tg.collect_fisher(run, model, rows.repeat(256, 1), True, hessians)
     for name in many:
         assert float(many[name].sum() / exact[name].sum()) == pytest.approx(1, rel=0.5), name
     assert {"blocks.0.attn.q.weight", "blocks.1.mlp.up.weight"} <= set(outputs) and "embed" not in outputs
@@ -364,6 +364,26 @@ def test_fisher_is_the_mean_of_squared_gradients(corpus, monkeypatch):
         assert (found - wanted).norm() < 0.3 * wanted.norm(), name
         torch.testing.assert_close(found.diagonal(), torch.ones(len(found)))
     assert all(param.grad is None for param in model.parameters())
+
+
+def test_rare_tokens_are_worth_what_tokens_are_worth():
+    """Fisher sums of a table of tokens from little text come nearer to what much text would say, and stay with it."""
+    cfg = tiny("record", vocab_size=512)
+    often = 1 / torch.arange(1.0, 513)
+    worth = noise(512).exp()
+    truth = often / often.sum() * worth
+    rows = torch.multinomial(often, 64_000, replacement=True, generator=torch.Generator().manual_seed(1)).view(64, -1)
+
+    def miss(found: torch.Tensor) -> float:
+        return float(((found + 1e-9) / truth).log().square().mean())
+
+    for count in (1, 64):
+        read = rows[:count]
+        sums = torch.bincount(read.flatten(), minlength=512) / read.numel() * worth
+        found = tg.steadied(cfg, {"embed": sums, "mixers.bigram.table": sums, "blocks.0.attn.q.weight": sums}, rows, read)
+        assert found["mixers.bigram.table"] is sums and found["blocks.0.attn.q.weight"] is sums
+        assert miss(found["embed"]) < (0.2 if count == 64 else 0.05 * miss(sums))
+        assert float(found["embed"].sum() / truth.sum()) == pytest.approx(1, rel=0.2)
 
 
 @pytest.mark.parametrize("states", [1, 8])

@@ -5132,7 +5132,7 @@ def collect_hessians(run: Run, model: GPT, rows: Tensor, looping: bool) -> dict[
     return hessians
 
 
-FISHER_PASS = 2048  # tokens of a backward pass that samples outputs' gradients: shorter ones sample more
+FISHER_PASS = 4096  # tokens of a backward pass that samples outputs' gradients: shorter ones sample more, take longer
 
 
 def shrink_(correlation: Tensor, samples: float) -> Tensor:
@@ -5511,7 +5511,8 @@ def round_stack(stack: Stack, row: Tensor, col: Tensor, states: int, block: int,
     A loss of curvature G over outputs and H over inputs costs tr(G E H E^T) / 2 (Kronecker factors of the Fisher
     information, as K-FAC has them; rounding by both: YAQA, Tseng et al. 2025). With G^-1 = V^T V and E = V^T X that is
     |X|^2 in H's norm, so rows after a block absorb its errors as columns do in ``gptq``. Cost: ``gptq`` for each block.
-    Effect on a CPU: predicted loss -20 to -26 %, tax at 3 bits -21 % within noise, at 2.4 bits +12 %: off by default.
+    Effect on sprints' weights (H200): tax -8 % at 3.1 bits (``record``) and -12 % at 3.5 (``pr1783``), -0.4 and -5 % at
+    half of that.
     """
     known = stack.known or independent(stack.W)
     if stack.outer is None:
@@ -6223,7 +6224,9 @@ class Export(NamedTuple):
     packs: int
 
 
-COARSE_RANGE = (-1.5, 3.5)  # log2 of the multiplier of all quantization steps that fitting may use
+# log2 of the multiplier of all quantization steps that fitting may use; untrained weights can need the far end, but a
+# model that needs more than USEFUL by its size alone is refused before training
+COARSE_RANGE, USEFUL = (-1.5, 12.0), 3.5
 
 
 def fit(cfg: Config, quantizer: Quantizer, looping: bool, code: int) -> Export:
@@ -6918,7 +6921,7 @@ def preflight(run: Run, trainer: Trainer, code: int) -> None:
     for name, tensor in Artifact({}, False, stored).state().items():
         if not torch.equal(tensor.cpu(), back[name]):
             raise UserError(f"preflight: {name} does not survive packing; this is a bug, please report it")
-    least = Quantizer(cfg, state, {}, {}).bits(2 ** COARSE_RANGE[1] if cfg.size_target else 1.0) / 8
+    least = Quantizer(cfg, state, {}, {}).bits(2**USEFUL if cfg.size_target else 1.0) / 8
     if cfg.size_limit and least + code > cfg.size_limit:
         raise OverBudget(f"the model takes at least {least + code:.0f} bytes, SIZE_LIMIT={cfg.size_limit}; shrink it")
     run.log(f"preflight: packs and unpacks; code {code} bytes, at least {least + code:.0f} of {cfg.size_limit} in all")

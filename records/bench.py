@@ -6,6 +6,7 @@
     python records/bench.py bases
     python records/bench.py effects PRESET=pr1783 --group mechanisms --seeds 1337 42 --set ITERATIONS=300 ...
     python records/bench.py effects PRESET=record 'wide: MLP_MULT=5' 'hot: MATRIX_LR=0.07' --out tuning.jsonl
+    python records/bench.py effects PRESET=naive 'deq: PRESET=deq' --packed --keep runs/sprints --set ITERATIONS=490 ...
     python records/bench.py export runs/a runs/b runs/c --sizes 15990000 8000000      bytes of the artifact
     python records/bench.py export runs/a --bits 3.6 1.8 --methods scalar ours        bits a stored weight
 
@@ -23,6 +24,8 @@ given changes and the rows of a group of gauntlet.txt that have the base's prese
 on plain windows of the validation text of DATA_PATH: for tuning, let that be text held out of the training text.
 Differences are within a seed; "usual bytes" are what a change's numbers take where 36 M weights fill 16 MB. --out keeps
 a line for each run, and runs that it holds are not repeated; --part 1/2 and 2/2 of the same file may share a GPU.
+--packed also exports each model at its SIZE_TARGET and scores what its file holds: a sprint without the half minute
+that a process of its own and sliding windows take. --keep DIR leaves weights there for the verb export.
 
 export: what trained weights lose in a file of equal size, by rounding to nearest, by SDClip and GPTQ (both with Brotli,
 as the seeds do it) and by ours. Each folder is a finished run (model.pt, result.json) whose data is where its settings
@@ -34,6 +37,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import shlex
@@ -251,8 +255,28 @@ def changes(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     return found
 
 
-def short_run(env: dict[str, str], seed: int) -> dict[str, Any]:
-    """Train from scratch and score the raw weights."""
+def packed_row(trainer: tg.Trainer, looping: bool, score: Callable[[], tg.Score]) -> dict[str, float]:
+    """Export the weights as a run would and score those that the file holds."""
+    cfg, begin = trainer.cfg, time.perf_counter()
+    state = {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()}
+    code, rows = len(tg.packed_script(tg.script_source())), tg.calibration_rows(trainer)
+    learned = tg.calibrate(trainer.run, trainer.model, state, rows, looping, {})
+    packed = tg.fit(cfg, tg.Quantizer(cfg, state, *learned), looping, code)
+    seconds = time.perf_counter() - begin
+    with tg.swapped(trainer.model, tg.unpack(packed.blob).state()):
+        return dict(packed_bpb=score().val_bpb, total_bytes=len(packed.blob) + code, export_seconds=seconds)
+
+
+def keep_weights(folder: Path, trainer: tg.Trainer) -> None:
+    """What ``taxes`` reads of a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"raw": {name: tensor.cpu() for name, tensor in trainer.model.state_dict().items()}}, folder / "model.pt")
+    told = dict(config=dataclasses.asdict(trainer.cfg), steps=trainer.step, weights="raw")
+    (folder / "result.json").write_text(json.dumps(told, indent=1))
+
+
+def short_run(env: dict[str, str], seed: int, packed: bool, keep: Path | None) -> dict[str, Any]:
+    """Train from scratch and score the raw weights; ``packed``: those of the file too."""
     begin = time.perf_counter()
     cfg, _ = tg.read_config(env | {"SEED": str(seed), "MAX_WALLCLOCK_SECONDS": "0"})
     trainer, count = tg.Trainer(tg.Run(cfg, tg.Launch(0, 1, 0))), cfg.train_batch_tokens // cfg.train_seq_len
@@ -269,14 +293,19 @@ def short_run(env: dict[str, str], seed: int) -> dict[str, Any]:
 
     try:
         seconds = timed(run, train)
+        trainer.step, looping = cfg.iterations, tg.looping_at(cfg, 1.0, cfg.iterations)
         windows = tg.plain_windows(val.targets, cfg.eval_seq_len)
-        score = tg.evaluate(run, trainer.model, val, windows, tg.looping_at(cfg, 1.0, cfg.iterations))
+        evaluate = functools.partial(tg.evaluate, run, trainer.model, val, windows, looping)
+        score = evaluate()
+        if keep:
+            keep_weights(keep, trainer)
+        exported = packed_row(trainer, looping, evaluate) if packed else {}
     finally:
         sizes = {name: param.numel() for name, param in trainer.model.named_parameters()}
         trainer.release()
     usual = sum(size * tg.usual_bits(tg.owner(name, tg.TENSOR_PLAN)) for name, size in sizes.items()) / 8
     return dict(seed=seed, nats=score.val_loss, bpb=score.val_bpb, train_loss=float(loss), params=sum(sizes.values()),
-                bytes=usual, ms=1e3 * seconds / cfg.iterations, built_seconds=built, config=env)  # fmt: skip
+                bytes=usual, ms=1e3 * seconds / cfg.iterations, built_seconds=built, config=env) | exported  # fmt: skip
 
 
 def effects_table(rows: list[dict[str, Any]]) -> str:
@@ -284,7 +313,7 @@ def effects_table(rows: list[dict[str, Any]]) -> str:
     runs: dict[str, dict[int, dict[str, Any]]] = {}
     for row in rows:
         runs.setdefault(row["name"], {})[row["seed"]] = row
-    base, lines = runs.get("base", {}), []
+    base, lines, exported = runs.get("base", {}), [], any("packed_bpb" in row for row in rows)
     for name, own in runs.items():
         paired = [(row, base[seed]) for seed, row in own.items() if seed in base]
         if not paired:
@@ -292,18 +321,24 @@ def effects_table(rows: list[dict[str, Any]]) -> str:
         gains = [row["bpb"] - control["bpb"] for row, control in paired]
         added, size = (paired[0][0].get(key, math.nan) - paired[0][1].get(key, math.nan) for key in ("params", "bytes"))
         slower = statistics.median(row["ms"] / control["ms"] for row, control in paired)
+        packed, sizes = ([row[key] for row, _ in paired if key in row] for key in ("packed_bpb", "total_bytes"))
         lines.append((statistics.mean(gains), [
             name, f"{statistics.mean(row['bpb'] for row, _ in paired):.4f}", report.shown(gains, 5), str(len(paired)),
-            f"{added:+,}", f"{size:+,.0f}", f"{slower:.3f}",
+            f"{added:+,}", f"{size:+,.0f}", f"{slower:.3f}", 
+            *([report.shown(packed, 5), f"{max(sizes, default=0):,}"] if exported else ()),
         ]))  # fmt: skip
     header = ["change", "bpb", "against the base", "seeds", "parameters", "usual bytes", "step time"]
+    header += ["packed bpb", "most bytes"] * exported
     return report.markdown(header, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
+
+
+SHOWN = dict(bpb=".5f", nats=".5f", ms=".1f", built_seconds=".1f", packed_bpb=".5f", total_bytes="d", export_seconds=".1f")
 
 
 def effects(args: argparse.Namespace) -> None:
     part, parts = map(int, args.part.split("/"))
     lines = args.out.read_text().splitlines() if args.out and args.out.exists() else []
-    rows = [json.loads(line) for line in lines]
+    rows = [row for row in map(json.loads, lines) if not args.packed or "packed_bpb" in row]
     done = {(row["name"], row["seed"], json.dumps(row["config"], sort_keys=True)) for row in rows}
     failed: list[str] = []
     for name, env in list(changes(args).items())[part - 1 :: parts]:
@@ -312,15 +347,16 @@ def effects(args: argparse.Namespace) -> None:
             if (name, seed, json.dumps(env, sort_keys=True)) in done:
                 continue
             try:
-                row = dict(name=name) | short_run(env, seed)
+                keep = args.keep / f"{name}-s{seed}" if args.keep else None
+                row = dict(name=name) | short_run(env, seed, args.packed, keep)
             except Exception as error:  # whatever a change breaks, the others are still to be measured
                 if name == "base":
                     raise
                 failed.append(name)
                 print(f"{name} failed: {type(error).__name__}: {str(error).strip()[:500]}", flush=True)
                 break
-            print(f"{name} seed:{seed} bpb:{row['bpb']:.5f} nats:{row['nats']:.5f} ms:{row['ms']:.1f} "
-                  f"built:{row['built_seconds']:.1f}s", flush=True)  # fmt: skip
+            told = {key: f":{row[key]:{form}}" for key, form in SHOWN.items() if key in row}
+            print(f"{name} seed:{seed}", *(key + text for key, text in told.items()), flush=True)
             rows.append(row)
             if args.out:
                 with open(args.out, "a") as file:
@@ -414,6 +450,8 @@ def main() -> int:
     verb.add_argument("--seeds", type=int, nargs="+", default=[1337])
     verb.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a variable of all runs")
     verb.add_argument("--out", type=Path, help="a JSON line for each run; what it holds is not run again")
+    verb.add_argument("--packed", action="store_true", help="also export, and score what the file holds")
+    verb.add_argument("--keep", type=Path, metavar="DIR", help="leave the weights there, a folder for each run")
     verb.add_argument("--part", default="1/1", metavar="I/N", help="every N-th change from the I-th on")
     verb.set_defaults(work=effects)
     verb = verbs.add_parser("export", help="the quantization tax of finished runs at equal bytes")

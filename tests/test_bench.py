@@ -65,6 +65,26 @@ def test_small_hadamards_are_the_transform(order, monkeypatch, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
+def test_a_packed_effect_scores_the_file(corpus, monkeypatch, tmp_path, capsys):
+    """--packed: the score is that of a file within the size asked for, no better than the weights before by accident;
+    --keep: the verb export reads what is left."""
+    room = len(bench.tg.packed_script(bench.tg.script_source())) + 60_000
+    words = settings("record", iterations=2, size_target=room, val_tokens_limit=2000, **corpus.knobs()).split()
+    shared = [part for word in words if "PRESET" not in word for part in ("--set", word)]
+    out, kept = tmp_path / "runs.jsonl", tmp_path / "kept"
+    asked = ("effects", "PRESET=record", "--out", out, *shared)
+    assert bench_main(monkeypatch, *asked) == 0  # without: no file, and to be run again with
+    assert bench_main(monkeypatch, *asked, "--packed", "--keep", kept) == 0
+    row = json.loads(out.read_text().splitlines()[-1])
+    assert room - 10_000 <= row["total_bytes"] <= room and row["packed_bpb"] != row["bpb"]
+    assert row["packed_bpb"] == pytest.approx(row["bpb"], abs=0.2)
+    assert f"packed_bpb:{row['packed_bpb']:.5f}" in capsys.readouterr().out
+    assert bench_main(monkeypatch, "export", kept / "base-s1337", "--sizes", 60_000, "--methods", "ours") == 0
+    tax = row["packed_bpb"] - row["bpb"]
+    found = capsys.readouterr().out
+    assert float(found.split("tax_bpb:")[1].split()[0]) == pytest.approx(tax, abs=5e-3), (found, tax)
+
+
 def test_effects_are_against_the_same_seed(corpus, monkeypatch, tmp_path, capsys):
     """Changes given and rows of a group; what --out holds is not run again; the table pairs runs by seed."""
     (tmp_path / "gauntlet.txt").write_text(

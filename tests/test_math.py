@@ -348,13 +348,23 @@ def test_fisher_is_the_mean_of_squared_gradients(corpus, monkeypatch):
     hessians = tg.collect_hessians(run, model, rows, True)
     inverse = {n: torch.linalg.inv(next(tg.dampings(H[None], cfg.percdamp)))[0] for n, H in hessians.items()}
     exact = {name: torch.zeros(len(p)) for name, p in model.named_parameters() if p.dim() == 2}
-    outer = dict.fromkeys(exact, 0.0)
+    outer, rowwise = dict.fromkeys(exact, 0.0), {name: [] for name in ("embed", "values.table")}
     for nll in model(*tg.shifted(rows), True).flatten():
         grads = torch.autograd.grad(nll, [dict(model.named_parameters())[name] for name in exact], retain_graph=True)
         for name, grad in zip(exact, grads, strict=True):
             exact[name] += grad.square().sum(-1) / 16
             outer[name] += grad @ inverse[name] @ grad.T if name in inverse else 0
+            if name in rowwise:
+                rowwise[name].append(grad)
+    second = {}
+    for name, grads in rowwise.items():  # each row's over its Fisher sum
+        sums = exact[name] + 0.01 * exact[name].mean()
+        second[name] = sum(grad.T @ (grad / sums[:, None]) for grad in grads)
     many, outputs, tables = tg.collect_fisher(run, model, rows.repeat(256, 1), True, hessians)
+    assert set(tables) == {"embed", "values.table"}
+    for name, found in tables.items():
+        even = second[name] / second[name].diagonal().mean()
+        assert (found - even).norm() < 0.3 * even.norm(), name
     for name in many:
         assert float(many[name].sum() / exact[name].sum()) == pytest.approx(1, rel=0.5), name
     assert {"blocks.0.attn.q.weight", "blocks.1.mlp.up.weight"} <= set(outputs) and "embed" not in outputs

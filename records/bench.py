@@ -270,7 +270,9 @@ def packed_row(trainer: tg.Trainer, looping: bool, score: Callable[[], tg.Score]
 def keep_weights(folder: Path, trainer: tg.Trainer) -> None:
     """What ``taxes`` reads of a run."""
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save({"raw": {name: tensor.cpu() for name, tensor in trainer.model.state_dict().items()}}, folder / "model.pt")
+    torch.save(
+        {"raw": {name: tensor.cpu() for name, tensor in trainer.model.state_dict().items()}}, folder / "model.pt"
+    )
     told = dict(config=dataclasses.asdict(trainer.cfg), steps=trainer.step, weights="raw")
     (folder / "result.json").write_text(json.dumps(told, indent=1))
 
@@ -332,7 +334,9 @@ def effects_table(rows: list[dict[str, Any]]) -> str:
     return report.markdown(header, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
 
 
-SHOWN = dict(bpb=".5f", nats=".5f", ms=".1f", built_seconds=".1f", packed_bpb=".5f", total_bytes="d", export_seconds=".1f")
+SHOWN = dict(
+    bpb=".5f", nats=".5f", ms=".1f", built_seconds=".1f", packed_bpb=".5f", total_bytes="d", export_seconds=".1f"
+)
 
 
 def effects(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import inspect
+import itertools
 import math
 
 import numpy as np
@@ -376,6 +377,50 @@ def test_fisher_is_the_mean_of_squared_gradients(corpus, monkeypatch):
     assert all(param.grad is None for param in model.parameters())
 
 
+def by_spans(q, k, v, spans, longest):
+    """What a kernel for spans computes: causal attention inside each, nothing elsewhere."""
+    out = torch.full_like(q, math.nan)
+    for begin, end in itertools.pairwise(spans.tolist()):
+        assert 0 <= end - begin <= longest
+        if end > begin:
+            part = slice(begin, end)
+            out[part] = tg.sdpa(q[None, part], k[None, part], v[None, part], None)[0]
+    return out
+
+
+def test_spans_are_the_documents(monkeypatch):
+    """Training's attention over spans is that of the mask, gradients too; scores take the mask; more documents than
+    a sequence has room for become one, and no token is left out."""
+    monkeypatch.setitem(tg.SPAN_ATTENTION, "math", by_spans)
+    B, T = 3, 512
+    q, k, v = (noise(B, T, heads, 8, seed=heads).requires_grad_() for heads in (4, 2, 1))
+    v = v.expand(B, T, 2, 8)
+    few, many = ((torch.rand(B, T, generator=torch.Generator().manual_seed(1)) < p).cumsum(1) for p in (0.006, 0.2))
+    found, wanted = tg.attend(q, k, v, few, "math"), tg.sdpa(q, k, v, few)
+    torch.testing.assert_close(found, wanted)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), (q, k)) for y in (found, wanted)), strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        assert torch.equal(tg.attend(q, k, v, many, "math"), tg.sdpa(q, k, v, many))
+    assert not tg.attend(q, k, v, many, "math").isnan().any()
+    for docs in (few, many):
+        spans, room = tg.document_spans(docs), 1 + T // 64
+        assert len(spans) == B * room + 1 and spans[-1] == B * T
+        for row, told in enumerate(spans[:-1].view(B, room).tolist()):
+            starts = [row * T + i for i in range(T) if i == 0 or docs[row, i] != docs[row, i - 1]]
+            assert told == (starts + room * [row * T + T])[:room]
+
+
+def test_torch_has_attention_over_spans():
+    """The operation that a GPU runs takes these arguments, grouped heads too, and has a gradient."""
+    q, k, v = (torch.empty(2, 256, heads, 64, device="meta", dtype=torch.bfloat16) for heads in (8, 4, 4))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    docs = torch.zeros(2, 256, device="meta", dtype=torch.long)
+    y = tg.attend(*inputs, docs, "cudnn")
+    assert y.shape == q.shape and "flash" in str(y.grad_fn.next_functions[0][0]).lower()
+    assert [g.shape for g in torch.autograd.grad(y.sum(), inputs)] == [x.shape for x in inputs]
+
+
 def test_rare_tokens_are_worth_what_tokens_are_worth():
     """Fisher sums of a table of tokens from little text come nearer to what much text would say, and stay with it."""
     cfg = tiny("record", vocab_size=512)
@@ -390,7 +435,9 @@ def test_rare_tokens_are_worth_what_tokens_are_worth():
     for count in (1, 64):
         read = rows[:count]
         sums = torch.bincount(read.flatten(), minlength=512) / read.numel() * worth
-        found = tg.steadied(cfg, {"embed": sums, "mixers.bigram.table": sums, "blocks.0.attn.q.weight": sums}, rows, read)
+        found = tg.steadied(
+            cfg, {"embed": sums, "mixers.bigram.table": sums, "blocks.0.attn.q.weight": sums}, rows, read
+        )
         assert found["mixers.bigram.table"] is sums and found["blocks.0.attn.q.weight"] is sums
         assert miss(found["embed"]) < (0.2 if count == 64 else 0.05 * miss(sums))
         assert float(found["embed"].sum() / truth.sum()) == pytest.approx(1, rel=0.2)

@@ -370,6 +370,7 @@ def effects(args: argparse.Namespace) -> None:
         raise tg.UserError(f"not measured: {', '.join(failed)}; the messages are above")
 
 
+OWN = dict(weights="auto", gptq=True, quant_steps="fisher")
 SEEDS = dict(quant_steps="sdclip", compressor="brotli", trellis_states=1, gptq_rows=0)
 METHODS = {
     "nearest": SEEDS | dict(gptq=False),
@@ -387,19 +388,19 @@ METHODS = {
 def taxes(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, float, float, float]]:
     """(method at a size, tax in bpb, tax in nats, predicted nats) for one run."""
     result = json.loads((folder / "result.json").read_text())
-    known = {field.name for field in dataclasses.fields(tg.Config)}
-    base = {name: value for name, value in result["config"].items() if name in known}
-    cfg, _ = tg.read_config({}, base=base | dict(weights="auto", val_tokens_limit=args.val_tokens))
+    names = {field.name for field in dataclasses.fields(tg.Config)}
+    base = {name: value for name, value in result["config"].items() if name in names}
+    cfg, _ = tg.read_config({}, base=base | dict(OWN, val_tokens_limit=args.val_tokens))
     run = tg.Run(cfg, tg.Launch(0, 1, 0))
     trainer = tg.Trainer(run)
     trainer.step, looping = result["steps"], cfg.loops
     saved = torch.load(folder / "model.pt", weights_only=True, map_location=run.device)[result["weights"]]
     state = {name: tensor.float() for name, tensor in saved.items()}
     rows = tg.calibration_rows(trainer)
-    learned = {}
-    for steps in {METHODS[method].get("quant_steps", "fisher") for method in args.methods}:
+    hessians = {}  # SDClip knows those of inputs alone, ours a table's gradients too
+    for steps in ("sdclip", "fisher"):
         run.cfg = dataclasses.replace(cfg, quant_steps=steps)
-        learned[steps] = tg.calibrate(run, trainer.model, state, rows, looping, {})
+        hessians[steps], fisher, outputs = tg.calibrate(run, trainer.model, state, rows, looping, {})
     run.cfg = cfg
     val = tg.load_validation(cfg, tg.load_tokenizer(cfg))
     windows = tg.plain_windows(val.targets, cfg.eval_seq_len)
@@ -412,8 +413,8 @@ def taxes(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, float, 
     for size in args.sizes or [int(bits * count / 8) for bits in args.bits]:
         for method in args.methods:
             own, begin = dataclasses.replace(cfg, size_target=size, **METHODS[method]), time.perf_counter()
-            hessians, fisher, outputs = learned[own.quant_steps]
-            quantizer = tg.Quantizer(own, state, hessians if own.gptq else {}, fisher, outputs if own.gptq_rows else {})
+            known = hessians[own.quant_steps] if own.gptq else {}
+            quantizer = tg.Quantizer(own, state, known, fisher, outputs if own.gptq_rows else {})
             packed = tg.fit(own, quantizer, looping, 0)
             seconds = time.perf_counter() - begin
             found = score(tg.Artifact({}, looping, packed.stored).state())

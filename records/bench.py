@@ -29,7 +29,8 @@ that a process of its own and sliding windows take. --keep DIR leaves weights th
 
 export: what trained weights lose in a file of equal size, by rounding to nearest, by SDClip and GPTQ (both with Brotli,
 as the seeds do it) and by ours. Each folder is a finished run (model.pt, result.json) whose data is where its settings
-say. Runs of several seeds give mean and standard deviation. All methods see the same weights, Hessians and Fisher sums.
+say. Runs of several seeds give mean and standard deviation. All methods see the same weights and Hessians of inputs, and
+their losses are predicted from the same Fisher sums.
 """
 
 from __future__ import annotations

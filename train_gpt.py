@@ -1825,14 +1825,20 @@ ATTENTION = {"fa3": flash3, "cudnn": sdpa, "flash": sdpa, "efficient": sdpa, "ma
 SPAN_ATTENTION = {"fa3": flash3_spans, "cudnn": flash_spans, "flash": flash_spans}
 
 
-def document_spans(docs: Tensor) -> Tensor:
-    """Bounds of the documents of docs [B, T] among its B T tokens: int32 [B (1 + T / 64) + 1], empty ones included.
+def begins_document(docs: Tensor) -> Tensor:
+    """Whether a token is its document's first in its sequence: [B, T] -> bool [B, T]."""
+    return F.pad(docs[:, 1:] != docs[:, :-1], (1, 0), value=True)
 
-    As many as that can be told without asking the device: a sequence's further documents count as one.
+
+def document_spans(docs: Tensor) -> Tensor:
+    """Bounds of the documents of docs [B, T] among its B T tokens: int32 [B R + 1], empty ones included.
+
+    R = max(32, T / 64), since how many there are is not known without asking the device: a sequence's further
+    documents count as one.
     """
     B, T = docs.shape
-    room, index = 1 + T // 64, torch.arange(B * T, dtype=torch.int32, device=docs.device).view(B, T)
-    first = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0), value=True)
+    room, index = max(32, T // 64), torch.arange(B * T, dtype=torch.int32, device=docs.device).view(B, T)
+    first = begins_document(docs)
     rank = first.cumsum(1) - 1
     slot = torch.where(first & (rank < room), rank, room)  # the rest goes where nobody reads
     ends = (index[:, -1:] + 1).expand(B, room + 1)
@@ -1848,7 +1854,8 @@ def select_attention(cfg: Config, device: torch.device) -> str:
     if name == "auto":
         hopper = torch.cuda.get_device_capability(device) >= (9, 0)
         fa3 = importlib.util.find_spec("flash_attn_interface") is not None
-        name = "fa3" if hopper and fa3 else "cudnn" if hopper else "flash"
+        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+        name = "fa3" if hopper and fa3 else "cudnn" if hopper else "flash" if ampere else "efficient"
     masked = {"efficient", "math"} if cfg.pack_docs or cfg.attention_backend == "auto" else set()
     for switch in ("cudnn", "flash", "efficient", "math"):
         enable = getattr(torch.backends.cuda, f"enable_{'mem_' * (switch == 'efficient')}{switch}_sdp")
@@ -1859,10 +1866,12 @@ def select_attention(cfg: Config, device: torch.device) -> str:
 def attend(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, backend: str) -> Tensor:
     """Causal grouped-query attention. q [B, T, H, K], k and v [B, T, G, K], docs [B, T] or None -> [B, T, H, K].
 
-    With ``docs`` a position sees only positions of its own document. Training takes a kernel that skips the others,
-    where there is one (a mask made ``record``'s step 1.5 times as long); scores take the mask, exact for any text.
+    With ``docs`` a position sees only positions of its own document. Where gradients are wanted a kernel skips the
+    others, if there is one (a mask made ``record``'s step 1.5 times as long), and takes documents beyond the room of
+    ``document_spans`` as one; what is scored takes the mask, exact for any text.
     """
-    if docs is None or backend not in SPAN_ATTENTION or not torch.is_grad_enabled() or q.shape[-1] % 8:
+    spans = backend in SPAN_ATTENTION and torch.is_grad_enabled() and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    if docs is None or not spans:
         return ATTENTION[backend](q, k, v, docs)
     flat = (x.flatten(0, 1) for x in (q, k, v))
     return SPAN_ATTENTION[backend](*flat, document_spans(docs), docs.shape[1]).view(q.shape)
@@ -3797,8 +3806,7 @@ def document_start(x: Tensor, docs: Tensor | None) -> tuple[Tensor, Tensor]:
     index = torch.arange(x.shape[-2], device=x.device)
     if docs is None:
         return index, torch.zeros_like(index)
-    new = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0), value=True)
-    return index, torch.where(new, index, 0).cummax(-1).values
+    return index, torch.where(begins_document(docs), index, 0).cummax(-1).values
 
 
 def mean_before(x: Tensor, docs: Tensor | None) -> Tensor:
@@ -4225,13 +4233,14 @@ class ParamRow(NamedTuple):
     wd: str
 
 
+TABLES = r"embed|(mixers\.(bigram|input)|values)\.table"  # rows are looked up
 # gains, mixes and gates: everything that is no matrix
 VECTORS = (
     r".*\.(q_gain|attn_scale|mlp_scale|resid_mix|skip_weight|skip_gate|gate|smear_scale|smear_gate|bigram_scale"
     r"|value_scale|value_mix|basis_scale|depth|step_gate|inner_gate|inner_rate|route_scale|lane_\w+|carry_\w+)"
 )
 PARAM_TABLE = (
-    ParamRow(r"embed|(mixers\.(bigram|input)|values)\.table", "adamw", "tied_embed_lr|embed_lr", "embed_wd"),
+    ParamRow(TABLES, "adamw", "tied_embed_lr|embed_lr", "embed_wd"),
     ParamRow(r"head\.weight", "adamw", "head_lr", "embed_wd"),
     ParamRow(r"(blocks\.\d+|mixers|values|carries)\..*\.weight", "muon", "matrix_lr", "muon_wd"),
     ParamRow(r"blocks\.\d+\..*\.lora_A", "muon_ab", "lora_a_lr", "lora_wd"),
@@ -4926,7 +4935,6 @@ class TensorRow(NamedTuple):
     clip: str = ""
 
 
-TABLES = r"embed|(mixers\.(bigram|input)|values)\.table"  # rows are looked up
 TOKEN_TABLES = r"embed|head\.weight|(mixers\.input|values)\.table"  # a row for each token
 TENSOR_PLAN = (
     TensorRow(rf"{TABLES}|head\.weight", "int", "embed_bits", "embed_clip_sigmas"),
@@ -5152,7 +5160,8 @@ CALIBRATIONS: dict[str, Callable] = {"train": lambda run, model, rows, looping: 
 def collect_hessians(run: Run, model: GPT, rows: Tensor, looping: bool) -> dict[str, Tensor]:
     """H = X^T X of every quantized map's input, over training sequences rows [n, T+1] and all ranks.
 
-    A looped layer sums over its visits. The tied embedding is measured in its role as the head.
+    A looped layer sums over its visits. The tied embedding is measured in its role as the head (``calibrate`` prefers
+    what gradients tell of both roles, where it has it).
     """
     hessians: dict[str, Tensor] = {}
     share = run.split(len(rows))
@@ -5166,6 +5175,7 @@ def collect_hessians(run: Run, model: GPT, rows: Tensor, looping: bool) -> dict[
     return hessians
 
 
+TRUST = 0.8  # of a measured correlation, on other text: 0.7 to 0.85 lost least, 1 two percent more
 FISHER_PASS = 4096  # tokens of a backward pass that samples outputs' gradients: shorter ones sample more, take longer
 
 
@@ -5188,10 +5198,12 @@ def fed_back(cfg: Config, names: Iterable[str]) -> list[str]:
 def collect_fisher(
     run: Run, model: GPT, rows: Tensor, looping: bool, hessians: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """What gradients tell of every quantized matrix: row sums of its diagonal Fisher information, nats a token, name ->
-    fp32 [r]; how the gradients of a map's outputs correlate, fp32 [r, r] with ones on its diagonal, if its Hessian is
-    known; and with GPTQ=1 the second moment of a table's rows' gradients, fp32 [c, c], mean diagonal 1, each row's over
-    its own Fisher sum: tables have no input whose Hessian it would be, and a tied embedding has two roles.
+    """What gradients tell of every quantized matrix, three dictionaries by name.
+
+    Row sums of its diagonal Fisher information, nats a token: fp32 [r]. Of a map whose Hessian is known, how the
+    gradients of its outputs correlate: fp32 [r, r], ones on the diagonal and TRUST of what was measured elsewhere. With
+    GPTQ=1 the second moment of the gradients of a table's rows, each over its own Fisher sum: fp32 [c, c], mean
+    diagonal 1. It stands for a Hessian: a table has no input, and a tied embedding two roles.
 
     F_rc = E[(d nll_t / d W_rc)^2]. One backward pass of sum_t s_t nll_t with random signs s_t has a gradient whose
     square is, in the mean over signs, the sum of the squares of the tokens' own gradients: no pass for each token, and
@@ -5229,7 +5241,7 @@ def collect_fisher(
         run.sum(total)
         scale = total.diagonal().clamp_min(1e-30).rsqrt()
         shrink_(total.mul_(scale[:, None]).mul_(scale), passes * owned[name].shape[1])
-        total.mul_(0.8).diagonal().fill_(1)  # other text bears out so much: 0.7 to 0.85 lost least, 1 a little more
+        total.mul_(TRUST).diagonal().fill_(1)
     for total in tables.values():
         total /= run.sum(total).diagonal().mean().clamp_min(1e-30)
     fisher = {name: run.sum(total) / (len(rows) * (rows.shape[1] - 1)) for name, total in fisher.items()}
@@ -5458,7 +5470,8 @@ def gptq(
     feeds back its own errors. A column is settled ``delay`` columns or more after it was met; on a Gaussian source 8
     states are 0.61 dB over the rate-distortion bound at 3.4 bits for a delay of 16, 0.56 for 32, 0.51 for no limit;
     4 and 16 states 0.60 and 0.52, one state 1.59.
-    Cost: c sequential steps for the whole stack, so a model of 66 matrices takes about 4,600 steps, not 50,000; with
+    Cost: c sequential steps for the whole stack (and each block of GPTQ_ROWS), so a model of 66 matrices takes about
+    4,600 steps (78,000), not 50,000; with
     ``fused`` a kernel takes ``blocksize`` of them at a time.
 
     Plain distortion is meant. The rate-distortion choice for a Gaussian of variance v steps is to round
@@ -6146,9 +6159,12 @@ def _declared(header: dict, size: int) -> dict[str, int]:
             found = dict.fromkeys(("low", "high"), math.prod(shape))
         for kind, count in found.items():
             counts[kind] += count
-    most = min(LIMITS["elements"], 64 * size + (1 << 20))  # an eighth of a bit for each: nobody packs as well
     steps = sum(columns for _, columns in side_by_side(header["tensors"]))  # each is a step of a Python loop
-    if len(header["tensors"]) > LIMITS["tensors"] or sum(counts.values()) > most or steps > LIMITS["columns"]:
+    if (
+        len(header["tensors"]) > LIMITS["tensors"]
+        or sum(counts.values()) > most_numbers(size)
+        or steps > LIMITS["columns"]
+    ):
         raise ValueError("it declares more or larger tensors than it can hold")
     if len({name for name, _, _ in header["tensors"]}) != len(header["tensors"]):
         raise ValueError("two tensors have one name")
@@ -6258,9 +6274,14 @@ class Export(NamedTuple):
     packs: int
 
 
-# log2 of the multiplier of all quantization steps that fitting may use; untrained weights can need the far end, but a
+# log2 of the multiplier of all quantization steps that fitting may use. Hardly trained weights can need the far end; a
 # model that needs more than USEFUL by its size alone is refused before training
 COARSE_RANGE, USEFUL = (-1.5, 12.0), 3.5
+
+
+def most_numbers(size: int) -> int:
+    """How many numbers a file of so many bytes may declare: an eighth of a bit for each, nobody packs as well."""
+    return min(LIMITS["elements"], 64 * size + (1 << 20))
 
 
 def fit(cfg: Config, quantizer: Quantizer, looping: bool, code: int) -> Export:
@@ -6279,6 +6300,7 @@ def fit(cfg: Config, quantizer: Quantizer, looping: bool, code: int) -> Export:
 
     target = cfg.size_target - code
     weights = sum(stack.W.numel() for stack in quantizer.stacks)
+    numbers = 2 * sum(tensor.numel() for tensor in quantizer.state.values())  # with steps and scales, generously
     x, best, tried = 0.0, None, []
     for _ in range(4):
         x = bounded(x + (quantizer.bits(2**x) - 8 * target) / weights)
@@ -6287,18 +6309,19 @@ def fit(cfg: Config, quantizer: Quantizer, looping: bool, code: int) -> Export:
         stored = quantizer.at(2**x)
         blob = pack(cfg, stored, looping)
         tried.append((x, len(blob)))
-        if len(blob) <= target and (best is None or len(blob) > len(best.blob)):
+        fits = len(blob) <= target and numbers <= most_numbers(len(blob))
+        if fits and (best is None or len(blob) > len(best.blob)):
             best = Export(blob, stored, 2**x, len(tried))
-        if len(blob) <= target and (len(blob) >= target - 10000 or x == COARSE_RANGE[0]):
+        if fits and (len(blob) >= target - 10000 or x == COARSE_RANGE[0]):
             break
         slope = -weights / 8
         if len(tried) > 1 and tried[-1][0] != tried[-2][0]:
             slope = min(-weights / 80, (tried[-1][1] - tried[-2][1]) / (tried[-1][0] - tried[-2][0]))
         x = bounded(x + (target - 4000 - len(blob)) / slope)
     if best is None:
-        raise OverBudget(
-            f"the artifact takes {len(blob)} bytes at the coarsest steps, {target} are left; shrink the model"
-        )
+        told = f"the artifact takes {len(blob)} bytes at the coarsest steps"
+        told = f"a file cannot hold {weights} weights in so few bytes" if len(blob) <= target else told
+        raise OverBudget(f"{told}, {target} are left; shrink the model")
     return best._replace(packs=len(tried))
 
 
@@ -6921,8 +6944,9 @@ def log_header(run: Run, trainer: Trainer, val: ValStream) -> None:
 def sample_curvature(cfg: Config, state: Mapping[str, Tensor]) -> tuple[dict, dict, dict]:
     """As ``calibrate``, of independent inputs and outputs and as far as GPTQ_ROWS asks, so that its operations run."""
     maps = {name: state[name] for name in fed_back(cfg, state)}
+    inputs = maps | {name: W for name, W in state.items() if maps and re.fullmatch(TABLES, name)}
     return (
-        {name: torch.eye(W.shape[1], device=W.device) for name, W in maps.items()},
+        {name: torch.eye(W.shape[1], device=W.device) for name, W in inputs.items()},
         {name: torch.ones_like(W[:, 0]) for name, W in maps.items()},
         {name: torch.eye(W.shape[0], device=W.device) for name, W in maps.items()},
     )
@@ -6956,8 +6980,10 @@ def preflight(run: Run, trainer: Trainer, code: int) -> None:
         if not torch.equal(tensor.cpu(), back[name]):
             raise UserError(f"preflight: {name} does not survive packing; this is a bug, please report it")
     least = Quantizer(cfg, state, {}, {}).bits(2**USEFUL if cfg.size_target else 1.0) / 8
-    if cfg.size_limit and least + code > cfg.size_limit:
-        raise OverBudget(f"the model takes at least {least + code:.0f} bytes, SIZE_LIMIT={cfg.size_limit}; shrink it")
+    for name in ("size_limit", "size_target"):
+        if 0 < getattr(cfg, name) < least + code:
+            size = f"{name.upper()}={getattr(cfg, name)}"
+            raise OverBudget(f"the model takes at least {least + code:.0f} bytes, {size}; shrink it")
     run.log(f"preflight: packs and unpacks; code {code} bytes, at least {least + code:.0f} of {cfg.size_limit} in all")
 
 
@@ -7024,8 +7050,8 @@ def mean_loss(run: Run, model: GPT, rows: Tensor, looping: bool) -> float:
 def calibrate(
     run: Run, model: GPT, state: dict[str, Tensor], rows: Tensor, looping: bool, result: dict
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """(Hessians, Fisher row sums, correlations of outputs' gradients) of the weights to export; empty where GPTQ or
-    QUANT_STEPS does not ask for them."""
+    """(Hessians, those of tables from gradients; Fisher row sums; correlations of outputs' gradients) of the weights to
+    export; empty where GPTQ or QUANT_STEPS does not ask for them."""
     cfg, hessians, fisher, outputs = run.cfg, {}, {}, {}
     with swapped(model, state):
         if cfg.gptq:
@@ -7598,7 +7624,7 @@ def audit_limits(a: Audited) -> Iterator[Check]:
         yield Check("time", None, "no result.json: training was not timed here")
         return
     parts = {"start-up": "startup_seconds", "train": "train_seconds", "choose weights": "calibration_seconds",
-             "Hessians": "hessian_seconds",
+             "Hessians": "hessian_seconds", "gradients": "fisher_seconds",
              "quantize+pack": "quantize_pack_seconds", "evaluate (load, compile)": "eval_seconds"}  # fmt: skip
     ledger = ", ".join(f"{name} {a.result[key]:.1f} s" for name, key in parts.items() if key in a.result)
     clock = a.result["config"]["max_wallclock_seconds"]

@@ -29,7 +29,7 @@ that a process of its own and sliding windows take. --keep DIR leaves weights th
 
 export: what trained weights lose in a file of equal size, by rounding to nearest, by SDClip and GPTQ (both with Brotli,
 as the seeds do it) and by ours. Each folder is a finished run (model.pt, result.json) whose data is where its settings
-say. Runs of several seeds give mean and standard deviation. All methods see the same weights and Hessians of inputs, and
+say. Runs of several seeds give mean and standard deviation. All methods see the same weights and Hessians of inputs;
 their losses are predicted from the same Fisher sums.
 """
 
@@ -268,13 +268,13 @@ def packed_row(trainer: tg.Trainer, looping: bool, score: Callable[[], tg.Score]
         return dict(packed_bpb=score().val_bpb, total_bytes=len(packed.blob) + code, export_seconds=seconds)
 
 
-def keep_weights(folder: Path, trainer: tg.Trainer) -> None:
+def keep_weights(folder: Path, trainer: tg.Trainer, looping: bool) -> None:
     """What ``taxes`` reads of a run."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(
         {"raw": {name: tensor.cpu() for name, tensor in trainer.model.state_dict().items()}}, folder / "model.pt"
     )
-    told = dict(config=dataclasses.asdict(trainer.cfg), steps=trainer.step, weights="raw")
+    told = dict(config=dataclasses.asdict(trainer.cfg), steps=trainer.step, looping=looping, weights="raw")
     (folder / "result.json").write_text(json.dumps(told, indent=1))
 
 
@@ -301,7 +301,7 @@ def short_run(env: dict[str, str], seed: int, packed: bool, keep: Path | None) -
         evaluate = functools.partial(tg.evaluate, run, trainer.model, val, windows, looping)
         score = evaluate()
         if keep:
-            keep_weights(keep, trainer)
+            keep_weights(keep, trainer, looping)
         exported = packed_row(trainer, looping, evaluate) if packed else {}
     finally:
         sizes = {name: param.numel() for name, param in trainer.model.named_parameters()}
@@ -316,7 +316,7 @@ def effects_table(rows: list[dict[str, Any]]) -> str:
     runs: dict[str, dict[int, dict[str, Any]]] = {}
     for row in rows:
         runs.setdefault(row["name"], {})[row["seed"]] = row
-    base, lines, exported = runs.get("base", {}), [], any("packed_bpb" in row for row in rows)
+    base, lines, files = runs.get("base", {}), [], any("packed_bpb" in row for row in rows)
     for name, own in runs.items():
         paired = [(row, base[seed]) for seed, row in own.items() if seed in base]
         if not paired:
@@ -327,11 +327,11 @@ def effects_table(rows: list[dict[str, Any]]) -> str:
         packed, sizes = ([row[key] for row, _ in paired if key in row] for key in ("packed_bpb", "total_bytes"))
         lines.append((statistics.mean(gains), [
             name, f"{statistics.mean(row['bpb'] for row, _ in paired):.4f}", report.shown(gains, 5), str(len(paired)),
-            f"{added:+,}", f"{size:+,.0f}", f"{slower:.3f}", 
-            *([report.shown(packed, 5), f"{max(sizes, default=0):,}"] if exported else ()),
+            f"{added:+,}", f"{size:+,.0f}", f"{slower:.3f}",
+            *([report.shown(packed, 5), f"{max(sizes):,}" if sizes else "-"] if files else ()),
         ]))  # fmt: skip
     header = ["change", "bpb", "against the base", "seeds", "parameters", "usual bytes", "step time"]
-    header += ["packed bpb", "most bytes"] * exported
+    header += ["packed bpb", "most bytes"] * files
     return report.markdown(header, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
 
 
@@ -343,7 +343,16 @@ SHOWN = dict(
 def effects(args: argparse.Namespace) -> None:
     part, parts = map(int, args.part.split("/"))
     lines = args.out.read_text().splitlines() if args.out and args.out.exists() else []
-    rows = [row for row in map(json.loads, lines) if not args.packed or "packed_bpb" in row]
+
+    def place(name: str, seed: int) -> Path | None:
+        return args.keep / f"{name}-s{seed}" if args.keep else None
+
+    def whole(row: dict[str, Any]) -> bool:
+        """Whether it tells all that is asked for now."""
+        kept = not args.keep or (place(row["name"], row["seed"]) / "model.pt").exists()
+        return kept and (not args.packed or "packed_bpb" in row)
+
+    rows = list(filter(whole, map(json.loads, lines)))
     done = {(row["name"], row["seed"], json.dumps(row["config"], sort_keys=True)) for row in rows}
     failed: list[str] = []
     for name, env in list(changes(args).items())[part - 1 :: parts]:
@@ -352,8 +361,7 @@ def effects(args: argparse.Namespace) -> None:
             if (name, seed, json.dumps(env, sort_keys=True)) in done:
                 continue
             try:
-                keep = args.keep / f"{name}-s{seed}" if args.keep else None
-                row = dict(name=name) | short_run(env, seed, args.packed, keep)
+                row = dict(name=name) | short_run(env, seed, args.packed, place(name, seed))
             except Exception as error:  # whatever a change breaks, the others are still to be measured
                 if name == "base":
                     raise
@@ -371,7 +379,7 @@ def effects(args: argparse.Namespace) -> None:
         raise tg.UserError(f"not measured: {', '.join(failed)}; the messages are above")
 
 
-OWN = dict(weights="auto", gptq=True, quant_steps="fisher")
+OWN = dict(weights="auto", gptq=True, quant_steps="fisher", gptq_rows=32, trellis_states=8, compressor="ans")
 SEEDS = dict(quant_steps="sdclip", compressor="brotli", trellis_states=1, gptq_rows=0)
 METHODS = {
     "nearest": SEEDS | dict(gptq=False),
@@ -394,7 +402,7 @@ def taxes(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, float, 
     cfg, _ = tg.read_config({}, base=base | dict(OWN, val_tokens_limit=args.val_tokens))
     run = tg.Run(cfg, tg.Launch(0, 1, 0))
     trainer = tg.Trainer(run)
-    trainer.step, looping = result["steps"], cfg.loops
+    trainer.step, looping = result["steps"], result["looping"]
     saved = torch.load(folder / "model.pt", weights_only=True, map_location=run.device)[result["weights"]]
     state = {name: tensor.float() for name, tensor in saved.items()}
     rows = tg.calibration_rows(trainer)

@@ -66,8 +66,8 @@ def test_small_hadamards_are_the_transform(order, monkeypatch, capsys):
 
 
 def test_a_packed_effect_scores_the_file(corpus, monkeypatch, tmp_path, capsys):
-    """--packed: the score is that of a file within the size asked for, no better than the weights before by accident;
-    --keep: the verb export reads what is left."""
+    """--packed: the score is that of a file within the size asked for; --keep: the verb export reads what is left and
+    makes the same file of it."""
     room = len(bench.tg.packed_script(bench.tg.script_source())) + 60_000
     words = settings("record", iterations=2, size_target=room, val_tokens_limit=2000, **corpus.knobs()).split()
     shared = [part for word in words if "PRESET" not in word for part in ("--set", word)]
@@ -80,9 +80,12 @@ def test_a_packed_effect_scores_the_file(corpus, monkeypatch, tmp_path, capsys):
     assert row["packed_bpb"] == pytest.approx(row["bpb"], abs=0.2)
     assert f"packed_bpb:{row['packed_bpb']:.5f}" in capsys.readouterr().out
     assert bench_main(monkeypatch, "export", kept / "base-s1337", "--sizes", 60_000, "--methods", "ours") == 0
-    tax = row["packed_bpb"] - row["bpb"]
-    found = capsys.readouterr().out
-    assert float(found.split("tax_bpb:")[1].split()[0]) == pytest.approx(tax, abs=5e-3), (found, tax)
+    told = dict(word.split(":") for word in capsys.readouterr().out.split() if word.count(":") == 1)
+    assert int(told["bytes"]) == row["total_bytes"] - room + 60_000
+    assert float(told["tax_bpb"]) == pytest.approx(row["packed_bpb"] - row["bpb"], abs=1e-5)
+    (kept / "base-s1337" / "model.pt").unlink()
+    assert bench_main(monkeypatch, *asked, "--packed", "--keep", kept) == 0  # not there: run again
+    assert len(out.read_text().splitlines()) == 3 and (kept / "base-s1337" / "model.pt").exists()
 
 
 def test_effects_are_against_the_same_seed(corpus, monkeypatch, tmp_path, capsys):

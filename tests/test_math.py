@@ -371,8 +371,10 @@ def test_fisher_is_the_mean_of_squared_gradients(corpus, monkeypatch):
     assert {"blocks.0.attn.q.weight", "blocks.1.mlp.up.weight"} <= set(outputs) and "embed" not in outputs
     for name, found in outputs.items():
         scale = outer[name].diagonal().clamp_min(1e-30).rsqrt()
-        wanted = outer[name] * scale * scale[:, None]
-        assert (found - wanted).norm() < 0.3 * wanted.norm(), name
+        wanted = tg.TRUST * outer[name] * scale * scale[:, None]
+        off = ~torch.eye(len(wanted), dtype=bool)
+        assert 0.7 < (found * wanted)[off].sum() / wanted[off].square().sum() < 1.1, name
+        assert (found - wanted)[off].norm() < 0.5 * wanted[off].norm(), name
         torch.testing.assert_close(found.diagonal(), torch.ones(len(found)))
     assert all(param.grad is None for param in model.parameters())
 
@@ -404,7 +406,7 @@ def test_spans_are_the_documents(monkeypatch):
         assert torch.equal(tg.attend(q, k, v, many, "math"), tg.sdpa(q, k, v, many))
     assert not tg.attend(q, k, v, many, "math").isnan().any()
     for docs in (few, many):
-        spans, room = tg.document_spans(docs), 1 + T // 64
+        spans, room = tg.document_spans(docs), 32
         assert len(spans) == B * room + 1 and spans[-1] == B * T
         for row, told in enumerate(spans[:-1].view(B, room).tolist()):
             starts = [row * T + i for i in range(T) if i == 0 or docs[row, i] != docs[row, i - 1]]
@@ -422,25 +424,49 @@ def test_torch_has_attention_over_spans():
 
 
 def test_rare_tokens_are_worth_what_tokens_are_worth():
-    """Fisher sums of a table of tokens from little text come nearer to what much text would say, and stay with it."""
-    cfg = tiny("record", vocab_size=512)
+    """Fisher sums of a table of tokens from little text come nearer to what much text would say, by the frequencies of
+    all of it and by what occurrences are worth, and stay with it; other tables keep theirs."""
+    cfg, draw = tiny("record", vocab_size=512), torch.Generator().manual_seed(1)
     often = 1 / torch.arange(1.0, 513)
-    worth = noise(512).exp()
+    worth = (0.5 * noise(512)).exp()
     truth = often / often.sum() * worth
-    rows = torch.multinomial(often, 64_000, replacement=True, generator=torch.Generator().manual_seed(1)).view(64, -1)
+    rows = torch.multinomial(often, 256_000, replacement=True, generator=draw).view(256, -1)
+
+    def sums(read: torch.Tensor) -> torch.Tensor:
+        """Each occurrence is worth what its token is, times the square of a Gaussian."""
+        each = worth[read.flatten()] * torch.randn(read.numel(), generator=draw).square()
+        return torch.zeros(512).index_add(0, read.flatten(), each) / read.numel()
 
     def miss(found: torch.Tensor) -> float:
         return float(((found + 1e-9) / truth).log().square().mean())
 
-    for count in (1, 64):
-        read = rows[:count]
-        sums = torch.bincount(read.flatten(), minlength=512) / read.numel() * worth
-        found = tg.steadied(
-            cfg, {"embed": sums, "mixers.bigram.table": sums, "blocks.0.attn.q.weight": sums}, rows, read
-        )
-        assert found["mixers.bigram.table"] is sums and found["blocks.0.attn.q.weight"] is sums
-        assert miss(found["embed"]) < (0.2 if count == 64 else 0.05 * miss(sums))
-        assert float(found["embed"].sum() / truth.sum()) == pytest.approx(1, rel=0.2)
+    little = sums(rows[:1])
+    names = ("embed", "mixers.bigram.table", "blocks.0.attn.q.weight")
+    found = tg.steadied(cfg, dict.fromkeys(names, little), rows, rows[:1])
+    assert found["mixers.bigram.table"] is little and found["blocks.0.attn.q.weight"] is little
+    alone = tg.steadied(cfg, {"embed": little}, rows[:1], rows[:1])["embed"]
+    assert 1.3 * miss(found["embed"]) < miss(alone) < 0.1 * miss(little)
+    much = sums(rows)
+    assert miss(tg.steadied(cfg, {"embed": much}, rows, rows)["embed"]) < min(miss(much), 0.15)
+    assert float(found["embed"].sum() / truth.sum()) == pytest.approx(1, rel=0.2)
+
+
+def test_no_file_is_packed_that_cannot_be_read():
+    """Steps so coarse that hardly a weight is left: a reader would refuse the file, so fitting does."""
+    state = {f"blocks.{i}.mlp.up.weight": noise(1024, 512, seed=i) for i in range(3)}
+    cfg = tiny("record", size_target=20_000, trellis_states=1)
+    with pytest.raises(tg.OverBudget, match="cannot hold 1572864 weights in so few bytes, 20000"):
+        tg.fit(cfg, tg.Quantizer(cfg, state, {}, {}), True, 0)
+    cfg = replace(cfg, size_target=100_000)
+    packed = tg.fit(cfg, tg.Quantizer(cfg, state, {}, {}), True, 0)
+    assert 80_000 < len(packed.blob) <= 100_000 and len(tg.unpack(packed.blob).state()) == 3
+
+
+def test_rows_are_fed_back_where_curvature_is_known():
+    names = ("blocks.0.mlp.up.weight", "embed", "head.weight", "blocks.0.attn.q.lora_A", "skips.0_1.skip_gate")
+    for settings, wanted in (({}, names[:1]), (dict(gptq=False), ()), (dict(quant_steps="sdclip"), ()),
+                             (dict(gptq_rows=0), ())):  # fmt: skip
+        assert tuple(tg.fed_back(tiny("record", **settings), names)) == wanted
 
 
 @pytest.mark.parametrize("states", [1, 8])

@@ -479,13 +479,17 @@ def test_self_generated_text():
 
 
 def test_self_calibration_exports(corpus, tmp_path):
-    """An export with its own text has Hessians of every matrix and says what the text took."""
+    """An export with its own text has a Hessian of every matrix and table, rows' sums that follow the tokens'
+    frequencies, and says what the text took."""
     cfg = config(gptq_calibration="self", gptq_calibration_batches=1, gptq_rows=8, **corpus.knobs())
     trainer, result = trainer_of(cfg, tmp_path), {}
+    for step in range(3):  # gradients of a head that is zero are
+        trainer.train_step(trainer.stream.batch(4 * step, 4), 0.1)
     rows = tg.calibration_rows(trainer)
     hessians, fisher, outputs = tg.calibrate(trainer.run, trainer.model, trainer.model.state_dict(), rows, True, result)
-    assert set(fisher) - set(hessians) == {"embed", "values.table"} and result["calibration_text_seconds"] > 0
-    assert set(hessians) - set(outputs) == {"head.weight"}
+    assert set(fisher) == set(hessians) and result["calibration_text_seconds"] > 0
+    assert set(hessians) - set(outputs) == {"head.weight", "embed", "values.table"}
+    assert float(fisher["embed"].min()) > 0  # also of tokens that no text has
 
 
 def test_flops_of_linear_attention():

@@ -7328,8 +7328,8 @@ class PlanRow(NamedTuple):
 
 
 # One H100 SXM, torch 2.11 (README, "Measured"): the 8192^3 bf16 product, the shares of it that training and sliding
-# windows reach with the fused operations, bytes a second of NVLink's rings, seconds of start-up and of packing; the GPUs
-# share those of Hessians and of gradients' curvature.
+# windows reach with the fused operations, bytes a second of NVLink's rings, seconds of start-up and of packing; the
+# GPUs share those of Hessians and of gradients' curvature.
 H100 = dict(
     matmul=783e12, train_mfu=0.43, eval_mfu=0.47, bus=3e11, startup=60.0, hessians=4.8, gradients=17.0, pack=13.0
 )  # fmt: skip

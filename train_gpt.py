@@ -1845,21 +1845,54 @@ def document_spans(docs: Tensor) -> Tensor:
     return F.pad(ends.scatter(1, slot, index)[:, :room].flatten(), (0, 1), value=B * T)
 
 
-def select_attention(cfg: Config, device: torch.device) -> str:
-    """The attention back end by feature. On a Hopper H100 at 8/4 heads, K = 64, T = 2048, forward and backward ran at
-    313 TFLOP/s with cuDNN, 193 with SDPA's flash kernel and 173 with FlexAttention."""
+def in_a_line(error: Exception) -> str:
+    """The kind of an error and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
+
+
+@functools.cache
+def span_trouble(backend: str, head_dim: int, device: torch.device) -> str:
+    """Empty if the kernel for spans does on this device what the mask does, gradients too; else what is wrong."""
+    draw, docs = torch.Generator().manual_seed(0), (torch.arange(160, device=device) // 50).expand(2, 160)
+    heads = [torch.randn(2, 160, n, head_dim, generator=draw).to(device, torch.bfloat16) for n in (2, 1, 1, 2)]
+    results = []
+    try:
+        for attention in (functools.partial(attend, backend=backend), sdpa):
+            q, k, v = (x.clone().requires_grad_() for x in heads[:3])
+            with torch.enable_grad():
+                y = attention(q, k, v, docs)
+                results.append((y.detach(), *torch.autograd.grad(y, (q, k, v), heads[3])))
+        pairs = ((a.float(), b.float()) for a, b in zip(*results, strict=True))
+        worst = float(torch.stack([(a - b).norm() / b.norm() for a, b in pairs]).max())
+    except Exception as error:  # where the mask serves as well; a device that fails stays so
+        return in_a_line(error)
+    return "" if worst < 0.03 else f"it is off by {worst:.0%}"
+
+
+def attention_by_feature(cfg: Config, device: torch.device) -> str:
+    """The attention back end. On a Hopper H100 at 8/4 heads, K = 64, T = 2048, forward and backward ran at 313 TFLOP/s
+    with cuDNN, 193 with SDPA's flash kernel and 173 with FlexAttention."""
     if device.type != "cuda":
         return "math"
-    name = cfg.attention_backend
-    if name == "auto":
-        hopper = torch.cuda.get_device_capability(device) >= (9, 0)
-        fa3 = importlib.util.find_spec("flash_attn_interface") is not None
-        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
-        name = "fa3" if hopper and fa3 else "cudnn" if hopper else "flash" if ampere else "efficient"
+    if cfg.attention_backend != "auto":
+        return cfg.attention_backend
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (9, 0):
+        return "flash" if capability >= (8, 0) else "efficient"
+    return "fa3" if importlib.util.find_spec("flash_attn_interface") is not None else "cudnn"
+
+
+def select_attention(cfg: Config, device: torch.device) -> str:
+    """The back end, with torch's own kernels switched to it; one with a mask where no kernel keeps documents apart."""
+    name = attention_by_feature(cfg, device)
+    if device.type != "cuda":
+        return name
     masked = {"efficient", "math"} if cfg.pack_docs or cfg.attention_backend == "auto" else set()
     for switch in ("cudnn", "flash", "efficient", "math"):
         enable = getattr(torch.backends.cuda, f"enable_{'mem_' * (switch == 'efficient')}{switch}_sdp")
         enable(name == switch or switch in masked)
+    if cfg.pack_docs and name in SPAN_ATTENTION and span_trouble(name, cfg.head_dim, device):
+        return "efficient"  # which takes a mask
     return name
 
 
@@ -1870,8 +1903,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, backend: str) -
     others, if there is one (a mask made ``record``'s step 1.5 times as long), and takes documents beyond the room of
     ``document_spans`` as one; what is scored takes the mask, exact for any text.
     """
-    spans = backend in SPAN_ATTENTION and torch.is_grad_enabled() and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    if docs is None or not spans:
+    if docs is None or backend not in SPAN_ATTENTION or not torch.is_grad_enabled():
         return ATTENTION[backend](q, k, v, docs)
     flat = (x.flatten(0, 1) for x in (q, k, v))
     return SPAN_ATTENTION[backend](*flat, document_spans(docs), docs.shape[1]).view(q.shape)
@@ -5512,7 +5544,7 @@ def search_trouble(states: int, device: torch.device) -> str:
                 E = W - 0.2 * in_values(gptq(W, known, row, col, states, fused=fused), states)
                 lost.append(float(((E @ H) * E).sum()))
         except Exception as error:  # a compiler's, where the plain search serves as well; a device that fails stays so
-            return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
+            return in_a_line(error)
         if lost[1] > 1.02 * lost[0]:
             return f"it loses {lost[1] / lost[0]:.2f} times as much as it should"
     return ""
@@ -6962,6 +6994,9 @@ def preflight(run: Run, trainer: Trainer, code: int) -> None:
         return
     if has_search(cfg, run.device) and (trouble := search_trouble(cfg.trellis_states, run.device)):
         run.log(f"warning: the trellis is searched without its kernel, seconds slower: {trouble}")
+    attention = attention_by_feature(cfg, run.device), cfg.head_dim, run.device
+    if cfg.pack_docs and run.device.type == "cuda" and (trouble := span_trouble(*attention)):
+        run.log(f"warning: documents are kept apart by masks, half as slow again: {trouble}")
     state = trainer.model.state_dict()
     copies = 2 * (4 + len(trainer.ema.averages))  # a checkpoint, the one it replaces, and the final weights
     need = copies * sum(4 * tensor.numel() for tensor in state.values()) + (64 << 20)

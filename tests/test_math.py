@@ -423,6 +423,25 @@ def test_torch_has_attention_over_spans():
     assert [g.shape for g in torch.autograd.grad(y.sum(), inputs)] == [x.shape for x in inputs]
 
 
+def test_a_kernel_that_fails_is_not_taken(monkeypatch):
+    """One that agrees with the mask is; one that raises, or does something else, is named and told."""
+
+    def raises(*_):
+        raise RuntimeError("no such kernel\nand more")
+
+    kernels = {
+        "math": by_spans,
+        "cudnn": raises,
+        "flash": lambda q, k, v, spans, longest: 1.1 * by_spans(q, k, v, spans, longest),
+    }
+    monkeypatch.setattr(tg, "SPAN_ATTENTION", kernels)
+    tg.span_trouble.cache_clear()
+    found = {name: tg.span_trouble(name, 16, torch.device("cpu")) for name in (*kernels, "efficient")}
+    tg.span_trouble.cache_clear()
+    assert found["math"] == found["efficient"] == "" and found["cudnn"] == "RuntimeError: no such kernel"
+    assert found["flash"].startswith("it is off by")
+
+
 def test_rare_tokens_are_worth_what_tokens_are_worth():
     """Fisher sums of a table of tokens from little text come nearer to what much text would say, by the frequencies of
     all of it and by what occurrences are worth, and stay with it; other tables keep theirs."""

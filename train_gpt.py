@@ -5192,8 +5192,7 @@ CALIBRATIONS: dict[str, Callable] = {"train": lambda run, model, rows, looping: 
 def collect_hessians(run: Run, model: GPT, rows: Tensor, looping: bool) -> dict[str, Tensor]:
     """H = X^T X of every quantized map's input, over training sequences rows [n, T+1] and all ranks.
 
-    A looped layer sums over its visits. The tied embedding is measured in its role as the head (``calibrate`` prefers
-    what gradients tell of both roles, where it has it).
+    A looped layer sums over its visits. The tied embedding is measured in its role as the head.
     """
     hessians: dict[str, Tensor] = {}
     share = run.split(len(rows))
@@ -5246,8 +5245,8 @@ def collect_fisher(
     owned = {n: p for n, p in model.named_parameters() if owner(n, TENSOR_PLAN).codec != "half"}
     fisher = {name: torch.zeros(len(param), device=run.device) for name, param in owned.items()}
     maps = [name for name in fed_back(run.cfg, owned) if name in hessians]
-    looked_up = [name for name in owned if run.cfg.gptq and re.fullmatch(TABLES, name)]
-    tables = {name: torch.zeros(*2 * owned[name].shape[1:], device=run.device) for name in looked_up}
+    looked_up = {name: param for name, param in owned.items() if run.cfg.gptq and re.fullmatch(TABLES, name)}
+    tables = {name: torch.zeros(2 * param.shape[1:], device=run.device) for name, param in looked_up.items()}
     known = {n: factor(hessians[n][None], run.cfg.percdamp, sort=False).U[0] for n in maps}
     outputs = {name: torch.zeros(len(owned[name]), len(owned[name]), device=run.device) for name in maps}
     share, signs = run.split(len(rows)), torch.Generator().manual_seed(run.rank)
@@ -5503,8 +5502,7 @@ def gptq(
     states are 0.61 dB over the rate-distortion bound at 3.4 bits for a delay of 16, 0.56 for 32, 0.51 for no limit;
     4 and 16 states 0.60 and 0.52, one state 1.59.
     Cost: c sequential steps for the whole stack (and each block of GPTQ_ROWS), so a model of 66 matrices takes about
-    4,600 steps (78,000), not 50,000; with
-    ``fused`` a kernel takes ``blocksize`` of them at a time.
+    4,600 steps (78,000), not 50,000; with ``fused`` a kernel takes ``blocksize`` of them at a time.
 
     Plain distortion is meant. The rate-distortion choice for a Gaussian of variance v steps is to round
     w v / (v + 1/12) instead (an error of e steps costs 6 / ln 2 e^2 bits where steps are in balance). It lost: it
@@ -5730,9 +5728,11 @@ class Quantizer:
     """Weights with all that does not depend on the step sizes' common factor, so that trying another one is cheap."""
 
     def __init__(
-        self, cfg: Config, state: Mapping[str, Tensor], hessians: Mapping, fisher: Mapping, outputs: Mapping = {}
-    ):
-        self.cfg, self.outputs = cfg, outputs
+        self, cfg: Config, state: Mapping[str, Tensor], hessians: Mapping, fisher: Mapping, outputs: Mapping = {},
+        tables: Mapping = {},
+    ):  # fmt: skip
+        """What ``calibrate`` found, as far as it is wanted; of a tied embedding ``tables`` knows both roles."""
+        self.cfg, self.outputs, hessians = cfg, outputs, {**hessians, **tables}
         self.state, self.hessians, self.fisher = state, hessians, fisher = rotated(cfg, state, hessians, fisher)
         groups: dict[tuple, list[str]] = {}
         for name, tensor in state.items():
@@ -6191,12 +6191,9 @@ def _declared(header: dict, size: int) -> dict[str, int]:
             found = dict.fromkeys(("low", "high"), math.prod(shape))
         for kind, count in found.items():
             counts[kind] += count
+    most = most_numbers(size)
     steps = sum(columns for _, columns in side_by_side(header["tensors"]))  # each is a step of a Python loop
-    if (
-        len(header["tensors"]) > LIMITS["tensors"]
-        or sum(counts.values()) > most_numbers(size)
-        or steps > LIMITS["columns"]
-    ):
+    if len(header["tensors"]) > LIMITS["tensors"] or sum(counts.values()) > most or steps > LIMITS["columns"]:
         raise ValueError("it declares more or larger tensors than it can hold")
     if len({name for name, _, _ in header["tensors"]}) != len(header["tensors"]):
         raise ValueError("two tensors have one name")
@@ -6973,14 +6970,15 @@ def log_header(run: Run, trainer: Trainer, val: ValStream) -> None:
         run.log(f"gptq:reserving {cfg.gptq_reserve_seconds:g}s, effective={1e3 * effective:.0f}ms")
 
 
-def sample_curvature(cfg: Config, state: Mapping[str, Tensor]) -> tuple[dict, dict, dict]:
+def sample_curvature(cfg: Config, state: Mapping[str, Tensor]) -> tuple[dict, dict, dict, dict]:
     """As ``calibrate``, of independent inputs and outputs and as far as GPTQ_ROWS asks, so that its operations run."""
     maps = {name: state[name] for name in fed_back(cfg, state)}
-    inputs = maps | {name: W for name, W in state.items() if maps and re.fullmatch(TABLES, name)}
+    tables = {name: W for name, W in state.items() if maps and re.fullmatch(TABLES, name)}
     return (
-        {name: torch.eye(W.shape[1], device=W.device) for name, W in inputs.items()},
+        {name: torch.eye(W.shape[1], device=W.device) for name, W in maps.items()},
         {name: torch.ones_like(W[:, 0]) for name, W in maps.items()},
         {name: torch.eye(W.shape[0], device=W.device) for name, W in maps.items()},
+        {name: torch.eye(W.shape[1], device=W.device) for name, W in tables.items()},
     )
 
 
@@ -7084,10 +7082,10 @@ def mean_loss(run: Run, model: GPT, rows: Tensor, looping: bool) -> float:
 
 def calibrate(
     run: Run, model: GPT, state: dict[str, Tensor], rows: Tensor, looping: bool, result: dict
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """(Hessians, those of tables from gradients; Fisher row sums; correlations of outputs' gradients) of the weights to
-    export; empty where GPTQ or QUANT_STEPS does not ask for them."""
-    cfg, hessians, fisher, outputs = run.cfg, {}, {}, {}
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """(Hessians, Fisher row sums, correlations of outputs' gradients, second moments of tables' gradients) of the
+    weights to export; empty where GPTQ or QUANT_STEPS does not ask for them."""
+    cfg, hessians, fisher, outputs, tables = run.cfg, {}, {}, {}, {}
     with swapped(model, state):
         if cfg.gptq:
             run.log("GPTQ:collecting Hessians from calibration data...")
@@ -7103,10 +7101,10 @@ def calibrate(
             with stopwatch(run) as seconds:
                 read = rows[: max(1, cfg.fisher_tokens // rows.shape[1])]
                 fisher, outputs, tables = collect_fisher(run, model, read, looping, hessians)
-                fisher, hessians = steadied(cfg, fisher, rows, read), hessians | tables
+                fisher = steadied(cfg, fisher, rows, read)
                 result["fisher_seconds"] = seconds()
             run.log(f"fisher: sensitivity of {len(fisher)} matrices in {result['fisher_seconds']:.1f}s")
-    return hessians, fisher, outputs
+    return hessians, fisher, outputs, tables
 
 
 def export(
@@ -7114,10 +7112,10 @@ def export(
 ) -> Path:
     """Calibration, quantization, packing: writes final_model.ptz and returns its path. Raises OverBudget."""
     cfg, path = run.cfg, run.folder / "final_model.ptz"
-    hessians, fisher, outputs = calibrate(run, trainer.model, state, rows, looping, result)
+    hessians, fisher, *gradients = calibrate(run, trainer.model, state, rows, looping, result)
     if run.main:
         with stopwatch(run) as seconds:
-            quantizer = Quantizer(cfg, state, hessians, fisher, outputs)
+            quantizer = Quantizer(cfg, state, hessians, fisher, *gradients)
             packed = fit(cfg, quantizer, looping, code)
             result["quantize_pack_seconds"] = seconds()
         atomic_write(path, packed.blob)

@@ -269,13 +269,11 @@ def packed_row(trainer: tg.Trainer, looping: bool, score: Callable[[], tg.Score]
 
 
 def keep_weights(folder: Path, trainer: tg.Trainer, looping: bool) -> None:
-    """What ``taxes`` reads of a run."""
+    """What ``taxes`` reads of a run; the weights last, so that where they are all is."""
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(
-        {"raw": {name: tensor.cpu() for name, tensor in trainer.model.state_dict().items()}}, folder / "model.pt"
-    )
     told = dict(config=dataclasses.asdict(trainer.cfg), steps=trainer.step, looping=looping, weights="raw")
-    (folder / "result.json").write_text(json.dumps(told, indent=1))
+    tg.write_json(folder / "result.json", told)
+    tg.save_tensors(folder / "model.pt", {"raw": dict(trainer.model.state_dict())})
 
 
 def short_run(env: dict[str, str], seed: int, packed: bool, keep: Path | None) -> dict[str, Any]:
@@ -379,6 +377,7 @@ def effects(args: argparse.Namespace) -> None:
         raise tg.UserError(f"not measured: {', '.join(failed)}; the messages are above")
 
 
+# what "ours" is, whatever the run was packed with; a method differs from it
 OWN = dict(weights="auto", gptq=True, quant_steps="fisher", gptq_rows=32, trellis_states=8, compressor="ans")
 SEEDS = dict(quant_steps="sdclip", compressor="brotli", trellis_states=1, gptq_rows=0)
 METHODS = {
@@ -406,11 +405,7 @@ def taxes(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, float, 
     saved = torch.load(folder / "model.pt", weights_only=True, map_location=run.device)[result["weights"]]
     state = {name: tensor.float() for name, tensor in saved.items()}
     rows = tg.calibration_rows(trainer)
-    hessians = {}  # SDClip knows those of inputs alone, ours a table's gradients too
-    for steps in ("sdclip", "fisher"):
-        run.cfg = dataclasses.replace(cfg, quant_steps=steps)
-        hessians[steps], fisher, outputs = tg.calibrate(run, trainer.model, state, rows, looping, {})
-    run.cfg = cfg
+    hessians, fisher, outputs, tables = tg.calibrate(run, trainer.model, state, rows, looping, {})
     val = tg.load_validation(cfg, tg.load_tokenizer(cfg))
     windows = tg.plain_windows(val.targets, cfg.eval_seq_len)
 
@@ -422,8 +417,8 @@ def taxes(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, float, 
     for size in args.sizes or [int(bits * count / 8) for bits in args.bits]:
         for method in args.methods:
             own, begin = dataclasses.replace(cfg, size_target=size, **METHODS[method]), time.perf_counter()
-            known = hessians[own.quant_steps] if own.gptq else {}
-            quantizer = tg.Quantizer(own, state, known, fisher, outputs if own.gptq_rows else {})
+            gradients = outputs if own.gptq_rows else {}, tables if own.quant_steps == "fisher" else {}
+            quantizer = tg.Quantizer(own, state, hessians if own.gptq else {}, fisher, *gradients)
             packed = tg.fit(own, quantizer, looping, 0)
             seconds = time.perf_counter() - begin
             found = score(tg.Artifact({}, looping, packed.stored).state())

@@ -486,7 +486,8 @@ def test_self_calibration_exports(corpus, tmp_path):
     for step in range(3):  # gradients of a head that is zero are
         trainer.train_step(trainer.stream.batch(4 * step, 4), 0.1)
     rows = tg.calibration_rows(trainer)
-    hessians, fisher, outputs = tg.calibrate(trainer.run, trainer.model, trainer.model.state_dict(), rows, True, result)
+    learned = tg.calibrate(trainer.run, trainer.model, trainer.model.state_dict(), rows, True, result)
+    hessians, fisher, outputs = {**learned[0], **learned[3]}, *learned[1:3]
     assert set(fisher) == set(hessians) and result["calibration_text_seconds"] > 0
     assert set(hessians) - set(outputs) == {"head.weight", "embed", "values.table"}
     assert float(fisher["embed"].min()) > 0  # also of tokens that no text has

@@ -240,8 +240,21 @@ def test_a_search_that_fails_is_told(monkeypatch):
         monkeypatch.setattr(tg, "gptq", lambda *parts, fused, own=states: plain(*parts[:4], own if fused else 8))
         assert ("it loses" in tg.search_trouble(8, device)) is trouble
     tg.search_trouble.cache_clear()
-    monkeypatch.setattr(tg, "gptq", plain)
-    monkeypatch.setattr(tg, "select_ops", lambda *_: tg.FUSED)
-    assert not tg.fused_search(tiny("record"), device)
-    monkeypatch.setattr(tg, "search_trouble", lambda *_: "")
-    assert tg.fused_search(tiny("record"), device) and not tg.fused_search(tiny("record", trellis_states=1), device)
+
+
+@pytest.mark.parametrize(
+    "changes, device, trouble, used",
+    [
+        ({}, "cuda", "", True),
+        (dict(model_dim=96, num_heads=2), "cuda", "", True),  # heads of 48: no fused operations, but this kernel
+        ({}, "cuda", "slow", False),
+        ({}, "cpu", "", False),
+        (dict(trellis_states=1), "cuda", "", False),
+        (dict(fused="0"), "cuda", "", False),
+    ],
+)
+def test_where_the_kernel_searches(monkeypatch, changes, device, trouble, used):
+    """Wherever there is a trellis and Triton, whatever the shapes, unless it was tried and failed or FUSED=0."""
+    monkeypatch.setattr(tg, "triton", tg)
+    monkeypatch.setattr(tg, "search_trouble", lambda *_: trouble)
+    assert tg.fused_search(tiny("record", **changes), torch.device(device)) is used

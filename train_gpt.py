@@ -211,7 +211,9 @@ class Config:
                          "theorem, or back-propagation through the solver", choices=("phantom", "ift", "unroll"))
     deq_phantom_steps: int = knob("model", 4, "damped steps that DEQ_GRAD=phantom differentiates", lo=1, hi=64)
     deq_phantom_damping: float = knob("model", 1.0, "their step length", lo=0.05, hi=1)
-    deq_residual_penalty: float = knob("model", 0.0, "weight of the squared relative residual in the loss", lo=0)
+    deq_residual_penalty: float = knob("model", 0.0, "weight of log(1 + (relative residual / DEQ_RESIDUAL_AIM)^2) in "
+                                       "the loss, the residual of a training solve's last evaluation", lo=0)
+    deq_residual_aim: float = knob("model", 0.01, "that residual, above which it is pushed down", lo=1e-6, hi=1)
     deq_slope_penalty: float = knob("model", 0.0, "weight of the map's squared slope along random directions", lo=0)
     mod_layers: str = knob("model", "", "routed layers: numbers and spans with commas (1,4-6), or all, inner, odd, "
                            "even, loop; @0.25 after one is its capacity; empty: none")
@@ -672,8 +674,9 @@ TRAIN_CHECKS: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda c: not c.max_wallclock_seconds or c.gptq_reserve_seconds < c.max_wallclock_seconds,
      "GPTQ_RESERVE_SECONDS={gptq_reserve_seconds} must be less than MAX_WALLCLOCK_SECONDS={max_wallclock_seconds}"),
     (lambda c: c.weights != "ema" or c.ema_decay > 0, "WEIGHTS=ema needs EMA_DECAY > 0"),
-    *((lambda c, name=name: not getattr(c, name) or c.deq_grad == "phantom", f"{name.upper()} needs DEQ_GRAD=phantom")
-      for name in ("deq_residual_penalty", "deq_slope_penalty")),
+    (lambda c: not c.deq_slope_penalty or c.deq_grad == "phantom", "DEQ_SLOPE_PENALTY needs DEQ_GRAD=phantom"),
+    (lambda c: not c.deq_residual_penalty or c.deq_grad != "unroll",
+     "DEQ_RESIDUAL_PENALTY needs DEQ_GRAD=phantom or ift, which end with an evaluation of their own"),
     (lambda c: not c.size_limit or c.size_target <= c.size_limit,
      "SIZE_TARGET={size_target} must not exceed SIZE_LIMIT={size_limit}"),
 )  # fmt: skip
@@ -3519,6 +3522,14 @@ def slope(f: Callable, x: Tensor, image: Tensor) -> Tensor:
     return ((f(x + step * v) - image) / step).square().mean(-1).sum()
 
 
+def unsettled(block: Equilibrium, x: Tensor, change: Tensor) -> Tensor:
+    """x [B, T, D], with the penalty on its last step's ``change``: sum over tokens of log(1 + (r / aim)^2), r the
+    relative residual (the state has size 1). It asks for a fixed point where training stops looking for it, whatever
+    slope that takes, and for nothing more once it is near: a residual far above the aim is pushed down by
+    2 DEQ_RESIDUAL_PENALTY nats a factor of e, one far below it is let be. No evaluation is added."""
+    return AddPenalty.apply(x, block.penalty * (change / block.aim).square().mean(-1).log1p().sum())
+
+
 def phantom_gradient(block: Equilibrium, f: Callable, find: Callable, x: Tensor) -> Tensor:
     """K damped steps x <- x + d (f(x) - x) from the solved point, differentiated: K terms of the Neumann series of the
     implicit gradient (Geng et al. 2021, https://arxiv.org/abs/2111.05177). Memory of K visits at any depth."""
@@ -3529,7 +3540,7 @@ def phantom_gradient(block: Equilibrium, f: Callable, find: Callable, x: Tensor)
         before, change = x, f(x) - x
         x = x + block.phantom_damping * change
     if block.penalty:
-        x = AddPenalty.apply(x, block.penalty * change.square().mean(-1).sum())
+        x = unsettled(block, x, change)
     return AddPenalty.apply(x, block.slope_penalty * slope(f, before, before + change)) if block.slope_penalty else x
 
 
@@ -3539,13 +3550,14 @@ def implicit_gradient(block: Equilibrium, f: Callable, find: Callable, x: Tensor
     with torch.no_grad():
         x = find(f, x)
     y = f(x.requires_grad_())
+    found = y.view_as(y)
 
     def adjoint(g: Tensor) -> Tensor:
         handle.remove()  # the hook must not see its own products
         return find(lambda v: g + torch.autograd.grad(y, x, v, retain_graph=True)[0], g)
 
-    handle = y.register_hook(adjoint)
-    return y
+    handle = found.register_hook(adjoint)
+    return unsettled(block, found, y - x.detach()) if block.penalty else found
 
 
 def unrolled_gradient(block: Equilibrium, f: Callable, find: Callable, x: Tensor) -> Tensor:
@@ -3579,6 +3591,16 @@ def equilibrium_map(
     return norm(h + block.mlp(inner, block.scale, feed, ops))
 
 
+def finer(z: Tensor) -> Tensor:
+    """z in the type in which branches are computed where no gradient is asked: fp16 for bf16, at the same speed.
+
+    Branches that round to n bits cannot settle: a change of the state by d flips the rounding of a share d / ulp of
+    what they read by an ulp, so that sqrt(d ulp) comes back, and d stays near ulp = 2^-n. A sprint's model (H200; its
+    file on a CPU): in bf16 the median residual stops at 0.0032, in fp16 at 0.0007, in fp32 it goes on falling. What
+    branches read and hold has size 1 to 4, far from fp16's 65,504."""
+    return z.half() if z.dtype == torch.bfloat16 else z
+
+
 class Equilibrium(Universal):
     """x* = f(x*; z): a layer iterated to its fixed point, its input z injected at every iteration (Bai et al. 2019).
 
@@ -3589,8 +3611,8 @@ class Equilibrium(Universal):
     web text (width 128, 0.4 M tokens, a CPU) this one had the lowest loss and the fewest iterations: attention on x
     instead of u +0.015 nats and twice as many; bounded branches equal loss and a third more; the plain block looped
     8 times +0.10 nats. Cost of a visit: that of a plain
-    layer, times ``visits_of``. The state is fp32, the branches compute in the model's type: bf16 iterates would stall
-    at a relative residual of 2^-9.
+    layer, times ``visits_of``. The state is fp32: bf16 iterates would stall at a relative residual of 2^-9.
+    The branches compute in the model's type where gradients follow, and in ``finer`` elsewhere.
     """
 
     def __init__(self, cfg: Config, layer: LayerSpec, name: str, backend: str):
@@ -3602,6 +3624,7 @@ class Equilibrium(Universal):
         )
         self.gradient = DEQ_GRADS[cfg.deq_grad]
         self.phantom_steps, self.phantom_damping = cfg.deq_phantom_steps, cfg.deq_phantom_damping
+        self.aim = cfg.deq_residual_aim
         self.penalty, self.slope_penalty = (
             weight / cfg.train_batch_tokens for weight in (cfg.deq_residual_penalty, cfg.deq_slope_penalty)
         )
@@ -3613,9 +3636,10 @@ class Equilibrium(Universal):
         """The stream x [B, T, D] is what is injected and where the solve starts; the fixed point leaves."""
         z, learning = norm(self.entered(x)), torch.is_grad_enabled()
         count = self.solver.learning if learning else self.solver.scoring
+        fine = finer(z)
 
         def f(state: Tensor) -> Tensor:
-            return parts["equilibrium"](self, state, z, rope, docs, *rest)
+            return parts["equilibrium"](self, state, z if torch.is_grad_enabled() else fine, rope, docs, *rest)
 
         def find(function: Callable, start: Tensor) -> Tensor:
             return solve(function, start, count, self.solver, parts["solver"], z.dtype, docs, self.trace)
@@ -6714,9 +6738,9 @@ def spectral_radius(model: GPT, ids: Tensor, looping: bool, rounds: int = 32) ->
     with solving(model, tol=0.0, scoring=DEPTHS[-1]):
         model.parts = PARTS | {"equilibrium": lambda *args: equilibrium_map(*(last.update(args=args) or args))}
         model.hidden(ids, looping)
-    block, x, *rest = last["args"]
-    with torch.enable_grad():
-        y = equilibrium_map(block, x.requires_grad_(), *rest)
+    block, x, z, *rest = last["args"]
+    with torch.enable_grad():  # not in fp16, which is too short for products so small
+        y = equilibrium_map(block, x.requires_grad_(), z.to(model.dtype), *rest)
     v = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     growth = torch.zeros(len(x), device=x.device)
     for index in range(rounds):

@@ -119,7 +119,7 @@ def test_frozen_tokens_stay():
 class Small:
     """Stands in for the block: settings of the gradients."""
 
-    phantom_steps, phantom_damping, penalty, slope_penalty = 60, 0.9, 0.0, 0.0
+    phantom_steps, phantom_damping, penalty, slope_penalty, aim = 60, 0.9, 0.0, 0.0, 1e-3
 
 
 def gradient(kind: str, history: int, **settings) -> list[torch.Tensor]:
@@ -180,10 +180,62 @@ def test_every_gradient_learns(kind, corpus):
     cfg = tiny("deq", deq_grad=kind, **corpus.knobs())
     losses = run_steps(trainer_of(cfg), 12, 12)
     assert losses[-1] < losses[0] - 0.3
-    if kind == "phantom":
-        for penalty in ("deq_residual_penalty", "deq_slope_penalty"):
+    for penalty, allowed in dict(deq_residual_penalty=("phantom", "ift"), deq_slope_penalty=("phantom",)).items():
+        if kind in allowed:
             other = run_steps(trainer_of(replace(cfg, **{penalty: 5.0})), 12, 12)
             assert other[0] == losses[0] and other[-1] != losses[-1]
+
+
+@pytest.mark.parametrize("kind", ["phantom", "ift"])
+def test_what_is_unsettled_is_pushed_until_it_settles(kind):
+    """The penalty's gradient lowers the residual of an unfinished solve, and is nothing where the solve has settled."""
+    A, start = contraction(6, 0.9).requires_grad_(), noise(2, 3, 6, seed=3)
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x @ A.T + start)
+
+    def pull(iterations: int, penalty: float) -> torch.Tensor:
+        A.grad = None
+        block = type("Block", (Small,), dict(phantom_steps=2, penalty=penalty))()
+        tg.DEQ_GRADS[kind](block, f, lambda f, x: find(f, x, 1, iterations), start.clone()).sum().backward()
+        return A.grad
+
+    def residual() -> float:
+        with torch.no_grad():
+            x = find(f, start, 1, 3)
+            return float((f(x) - x).norm())
+
+    push, before = pull(3, 1.0) - pull(3, 0.0), residual()
+    assert push.norm() > 1e-2 and (pull(400, 1.0) - pull(400, 0.0)).norm() < 1e-3 * push.norm()
+    with torch.no_grad():
+        A -= 0.02 * push / push.norm()
+    assert residual() < before
+
+
+def test_where_no_gradient_follows_the_map_is_finer(monkeypatch):
+    """Of a model in bf16: the solve and all scoring compute in fp16, what gradients follow in bf16."""
+    cfg, seen = tiny("deq"), []
+    model, ids, own = tiny_model(cfg), random_ids(cfg, 2, 32), tg.equilibrium_map
+    model.dtype = torch.bfloat16
+    monkeypatch.setitem(model.parts, "equilibrium", lambda b, x, z, *rest: seen.append(z.dtype) or own(b, x, z, *rest))
+    model.hidden(ids, False)
+    assert seen == [torch.float16] * cfg.deq_max_iter_train + [torch.bfloat16] * cfg.deq_phantom_steps
+    seen.clear()
+    with torch.no_grad():
+        model.hidden(ids, False)
+    assert set(seen) == {torch.float16}
+
+
+def test_a_finer_map_settles_further():
+    """The median residual of a solve in bf16 stops well above that in fp16, whatever the number of iterations."""
+    cfg = tiny("deq")
+    model, ids, floors = tiny_model(cfg), random_ids(cfg, 2, 32), []
+    for kind in (torch.bfloat16, torch.float16):
+        model.dtype = kind
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            patch.setattr(tg, "finer", lambda z: z)
+            floors.append(tg.residual_report(model, ids, False, 5, 1e-3)["p50"][-1])
+    assert floors[0] > 3 * floors[1], floors
 
 
 def test_the_slope_is_the_jacobians_norm():
@@ -391,7 +443,7 @@ def test_an_artifact_at_other_depths(trained, corpus, tmp_path):
 
 
 @pytest.mark.parametrize(("values", "message"), [
-    (dict(deq_layer=1), "DEQ_LAYER=1"), (dict(deq_residual_penalty=1.0, deq_grad="ift"), "DEQ_RESIDUAL_PENALTY"),
+    (dict(deq_layer=1), "DEQ_LAYER=1"), (dict(deq_residual_penalty=1.0, deq_grad="unroll"), "DEQ_RESIDUAL_PENALTY"),
     (dict(deq_slope_penalty=1.0, deq_grad="unroll"), "DEQ_SLOPE_PENALTY"),
     (dict(deq_max_iter_eval=0), "DEQ_MAX_ITER_EVAL"), (dict(deq_solver="newton"), "anderson, picard"),
 ])  # fmt: skip

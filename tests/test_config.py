@@ -210,7 +210,6 @@ CONTRADICTIONS = {
     "size": ({"SIZE_TARGET": "17000000"}, "SIZE_TARGET"),
     "equilibrium": ({"DEQ_LAYER": "11"}, "DEQ_LAYER"),
     "window": ({"DEQ_ANDERSON_WINDOW": "12"}, "DEQ_ANDERSON_WINDOW"),
-    "penalty": ({"DEQ_RESIDUAL_PENALTY": "1", "DEQ_GRAD": "ift"}, "DEQ_GRAD"),
     "slope": ({"DEQ_SLOPE_PENALTY": "1", "DEQ_GRAD": "unroll"}, "DEQ_GRAD"),
 }
 

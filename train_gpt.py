@@ -3968,8 +3968,8 @@ class TDCarry(Carry):
 
     Loss: 0.001 |e|^2 / |start|^2 with the target, change + 0.9 V(now), held fixed. a [passes, D] starts at TD_ALPHA, U
     at zero, so a fresh stack, which changes nothing, starts as the identity. PR #298 has neither error nor target: it
-    scales the stream by 0.475. Its e^2 in the stream's own units becomes the whole loss as the stream grows: over a
-    small bare preset at four times its rate it cost 0.77 nats, the relative one nothing (docs/experiments.md).
+    scales the stream by 0.475. Plain e^2 becomes the whole loss as the stream grows: over a small bare preset at four
+    times its rate it cost 0.77 nats, over |start|^2 nothing (docs/experiments.md).
     """
 
     def __init__(self, cfg: Config, passes: int):

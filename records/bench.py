@@ -7,6 +7,7 @@
     python records/bench.py effects PRESET=pr1783 --group mechanisms --seeds 1337 42 --set ITERATIONS=300 ...
     python records/bench.py effects PRESET=record 'wide: MLP_MULT=5' 'hot: MATRIX_LR=0.07' --out tuning.jsonl
     python records/bench.py effects PRESET=naive 'deq: PRESET=deq' --packed --keep runs/sprints --set ITERATIONS=490 ...
+    python records/bench.py effects PRESET=record 'up: SEED_MAPS=up' --packed 4000000 8000000 --plot bytes.png
     python records/bench.py export runs/a runs/b runs/c --sizes 15990000 8000000      bytes of the artifact
     python records/bench.py export runs/a --bits 3.6 1.8 --methods scalar ours        bits a stored weight
 
@@ -24,8 +25,9 @@ given changes and the rows of a group of gauntlet.txt that have the base's prese
 on plain windows of the validation text of DATA_PATH: for tuning, let that be text held out of the training text.
 Differences are within a seed; "usual bytes" are what a change's numbers take where 36 M weights fill 16 MB. --out keeps
 a line for each run, and runs that it holds are not repeated; --part 1/2 and 2/2 of the same file may share a GPU.
---packed also exports each model at its SIZE_TARGET and scores what its file holds: a sprint without the half minute
-that a process of its own and sliding windows take. --keep DIR leaves weights there for the verb export.
+--packed also exports each model at its SIZE_TARGET, or at the sizes told, and scores what its files hold: a sprint
+without the half minute that a process of its own and sliding windows take. --plot draws those scores against bytes.
+--keep DIR leaves weights there for the verb export.
 
 export: what trained weights lose in a file of equal size, by rounding to nearest, by SDClip and GPTQ (both with Brotli,
 as the seeds do it) and by ours. Each folder is a finished run (model.pt, result.json) whose data is where its settings
@@ -256,16 +258,24 @@ def changes(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     return found
 
 
-def packed_row(trainer: tg.Trainer, looping: bool, score: Callable[[], tg.Score]) -> dict[str, float]:
-    """Export the weights as a run would and score those that the file holds."""
-    cfg, begin = trainer.cfg, time.perf_counter()
+def packed_files(
+    trainer: tg.Trainer, looping: bool, score: Callable[[], tg.Score], sizes: list[int]
+) -> list[dict[str, float]]:
+    """Export the weights as a run would, at its SIZE_TARGET or at each of ``sizes``, and score those that a file holds;
+    the first export's seconds are with the calibration, which serves all."""
+    cfg, begin, files = trainer.cfg, time.perf_counter(), []
     state = {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()}
     code, rows = len(tg.packed_script(tg.script_source())), tg.calibration_rows(trainer)
     learned = tg.calibrate(trainer.run, trainer.model, state, rows, looping, {})
-    packed = tg.fit(cfg, tg.Quantizer(cfg, state, *learned), looping, code)
-    seconds = time.perf_counter() - begin
-    with tg.swapped(trainer.model, tg.unpack(packed.blob).state()):
-        return dict(packed_bpb=score().val_bpb, total_bytes=len(packed.blob) + code, export_seconds=seconds)
+    for target in sizes or [cfg.size_target]:
+        own = dataclasses.replace(cfg, size_target=target)
+        packed = tg.fit(own, tg.Quantizer(own, state, *learned), looping, code)
+        seconds = time.perf_counter() - begin
+        with tg.swapped(trainer.model, tg.unpack(packed.blob).state()):
+            bpb = score().val_bpb
+        files.append(dict(target=target, bytes=len(packed.blob) + code, bpb=bpb, seconds=seconds))
+        begin = time.perf_counter()
+    return files
 
 
 def keep_weights(folder: Path, trainer: tg.Trainer, looping: bool) -> None:
@@ -276,8 +286,8 @@ def keep_weights(folder: Path, trainer: tg.Trainer, looping: bool) -> None:
     tg.save_tensors(folder / "model.pt", {"raw": dict(trainer.model.state_dict())})
 
 
-def short_run(env: dict[str, str], seed: int, packed: bool, keep: Path | None) -> dict[str, Any]:
-    """Train from scratch and score the raw weights; ``packed``: those of the file too."""
+def short_run(env: dict[str, str], seed: int, packed: list[int] | None, keep: Path | None) -> dict[str, Any]:
+    """Train from scratch and score the raw weights; ``packed``: those of files too (see ``packed_files``)."""
     begin = time.perf_counter()
     cfg, _ = tg.read_config(env | {"SEED": str(seed), "MAX_WALLCLOCK_SECONDS": "0"})
     trainer, count = tg.Trainer(tg.Run(cfg, tg.Launch(0, 1, 0))), cfg.train_batch_tokens // cfg.train_seq_len
@@ -300,21 +310,34 @@ def short_run(env: dict[str, str], seed: int, packed: bool, keep: Path | None) -
         score = evaluate()
         if keep:
             keep_weights(keep, trainer, looping)
-        exported = packed_row(trainer, looping, evaluate) if packed else {}
+        files = [] if packed is None else packed_files(trainer, looping, evaluate, packed)
     finally:
         sizes = {name: param.numel() for name, param in trainer.model.named_parameters()}
         trainer.release()
     usual = sum(size * tg.usual_bits(tg.owner(name, tg.TENSOR_PLAN)) for name, size in sizes.items()) / 8
-    return dict(seed=seed, nats=score.val_loss, bpb=score.val_bpb, train_loss=float(loss), params=sum(sizes.values()),
-                bytes=usual, ms=1e3 * seconds / cfg.iterations, built_seconds=built, config=env) | exported  # fmt: skip
+    return dict(
+        seed=seed, nats=score.val_loss, bpb=score.val_bpb, train_loss=float(loss), params=sum(sizes.values()),
+        bytes=usual, ms=1e3 * seconds / cfg.iterations, built_seconds=built, config=env, files=files,
+    )  # fmt: skip
 
 
-def effects_table(rows: list[dict[str, Any]]) -> str:
-    """Each change against the base of the same seed."""
+def by_change(rows: list[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
+    """Name -> seed -> the run."""
     runs: dict[str, dict[int, dict[str, Any]]] = {}
     for row in rows:
         runs.setdefault(row["name"], {})[row["seed"]] = row
-    base, lines, files = runs.get("base", {}), [], any("packed_bpb" in row for row in rows)
+    return runs
+
+
+def of_size(runs: list[dict[str, Any]], target: int) -> list[dict[str, float]]:
+    """The runs' files of one size."""
+    return [file for row in runs for file in row["files"] if file["target"] == target]
+
+
+def effects_table(rows: list[dict[str, Any]]) -> str:
+    """Each change against the base of the same seed, and its files' scores with the bytes of the largest."""
+    runs, lines = by_change(rows), []
+    base, targets = runs.get("base", {}), sorted({file["target"] for row in rows for file in row["files"]})
     for name, own in runs.items():
         paired = [(row, base[seed]) for seed, row in own.items() if seed in base]
         if not paired:
@@ -322,20 +345,38 @@ def effects_table(rows: list[dict[str, Any]]) -> str:
         gains = [row["bpb"] - control["bpb"] for row, control in paired]
         added, size = (paired[0][0].get(key, math.nan) - paired[0][1].get(key, math.nan) for key in ("params", "bytes"))
         slower = statistics.median(row["ms"] / control["ms"] for row, control in paired)
-        packed, sizes = ([row[key] for row, _ in paired if key in row] for key in ("packed_bpb", "total_bytes"))
+        files = [of_size([row for row, _ in paired], target) for target in targets]
         lines.append((statistics.mean(gains), [
             name, f"{statistics.mean(row['bpb'] for row, _ in paired):.4f}", report.shown(gains, 5), str(len(paired)),
             f"{added:+,}", f"{size:+,.0f}", f"{slower:.3f}",
-            *([report.shown(packed, 5), f"{max(sizes):,}" if sizes else "-"] if files else ()),
+            *(f"{report.shown([one['bpb'] for one in found], 5)} ({max(one['bytes'] for one in found):,})" if found
+              else "-" for found in files),
         ]))  # fmt: skip
     header = ["change", "bpb", "against the base", "seeds", "parameters", "usual bytes", "step time"]
-    header += ["packed bpb", "most bytes"] * files
+    header += [f"packed, {target / 1e6:g} MB" for target in targets]
     return report.markdown(header, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
 
 
-SHOWN = dict(
-    bpb=".5f", nats=".5f", ms=".1f", built_seconds=".1f", packed_bpb=".5f", total_bytes="d", export_seconds=".1f"
-)
+def plot_files(rows: list[dict[str, Any]], path: Path) -> None:
+    """The packed scores against the files' bytes, a line a change; whiskers are a standard deviation over seeds."""
+    plt = report.import_pyplot()
+    figure, axes = plt.subplots()
+    for index, (name, own) in enumerate(by_change(rows).items()):
+        found = [
+            of_size(list(own.values()), target) for target in sorted({f["target"] for r in rows for f in r["files"]})
+        ]
+        points = [([one["bytes"] / 1e6 for one in files], [one["bpb"] for one in files]) for files in found if files]
+        spread = [report.std(scores) if len(scores) > 1 else 0.0 for _, scores in points]
+        means = [(statistics.mean(sizes), statistics.mean(scores)) for sizes, scores in points]
+        if means:
+            axes.errorbar(*zip(*means, strict=True), yerr=spread, capsize=4, label=name, **report.look(index))
+    axes.set(xlabel="code + artifact (MB of 1,000,000 bytes)", ylabel="quantized score (bits per byte)")
+    axes.set_title("Score against size (lower left is better)")
+    report.legend(axes)
+    report.save(plt, figure, path)
+
+
+SHOWN = dict(bpb=".5f", nats=".5f", ms=".1f", built_seconds=".1f")
 
 
 def effects(args: argparse.Namespace) -> None:
@@ -348,7 +389,8 @@ def effects(args: argparse.Namespace) -> None:
     def whole(row: dict[str, Any]) -> bool:
         """Whether it tells all that is asked for now."""
         kept = not args.keep or (place(row["name"], row["seed"]) / "model.pt").exists()
-        return kept and (not args.packed or "packed_bpb" in row)
+        packed = {file["target"] for file in row["files"]}
+        return kept and (args.packed is None or bool(packed) and packed >= set(args.packed))
 
     rows = list(filter(whole, map(json.loads, lines)))
     done = {(row["name"], row["seed"], json.dumps(row["config"], sort_keys=True)) for row in rows}
@@ -366,13 +408,18 @@ def effects(args: argparse.Namespace) -> None:
                 failed.append(name)
                 print(f"{name} failed: {type(error).__name__}: {str(error).strip()[:500]}", flush=True)
                 break
-            told = {key: f":{row[key]:{form}}" for key, form in SHOWN.items() if key in row}
-            print(f"{name} seed:{seed}", *(key + text for key, text in told.items()), flush=True)
+            told = [f"{key}:{row[key]:{form}}" for key, form in SHOWN.items()]
+            told += [
+                f"bytes:{one['bytes']} packed_bpb:{one['bpb']:.5f} seconds:{one['seconds']:.1f}" for one in row["files"]
+            ]
+            print(f"{name} seed:{seed}", *told, flush=True)
             rows.append(row)
             if args.out:
                 with open(args.out, "a") as file:
                     file.write(json.dumps(row) + "\n")
     print("\n" + effects_table(rows))
+    if args.plot:
+        plot_files(rows, args.plot)
     if failed:
         raise tg.UserError(f"not measured: {', '.join(failed)}; the messages are above")
 
@@ -459,7 +506,9 @@ def main() -> int:
     verb.add_argument("--seeds", type=int, nargs="+", default=[1337])
     verb.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a variable of all runs")
     verb.add_argument("--out", type=Path, help="a JSON line for each run; what it holds is not run again")
-    verb.add_argument("--packed", action="store_true", help="also export, and score what the file holds")
+    told = "also export, to these bytes or SIZE_TARGET, code included, and score what the files hold"
+    verb.add_argument("--packed", type=int, nargs="*", metavar="BYTES", help=told)
+    verb.add_argument("--plot", type=Path, metavar="PNG", help="draw the files' scores against their bytes")
     verb.add_argument("--keep", type=Path, metavar="DIR", help="leave the weights there, a folder for each run")
     verb.add_argument("--part", default="1/1", metavar="I/N", help="every N-th change from the I-th on")
     verb.set_defaults(work=effects)

@@ -66,26 +66,45 @@ def test_small_hadamards_are_the_transform(order, monkeypatch, capsys):
 
 
 def test_a_packed_effect_scores_the_file(corpus, monkeypatch, tmp_path, capsys):
-    """--packed: the score is that of a file within the size asked for; --keep: the verb export reads what is left and
-    makes the same file of it."""
-    room = len(bench.tg.packed_script(bench.tg.script_source())) + 60_000
-    words = settings("record", iterations=2, size_target=room, val_tokens_limit=2000, **corpus.knobs()).split()
+    """--packed: the scores are those of files within the sizes asked for, of one trained model; --keep: the verb export
+    reads what is left and makes the same file of it."""
+    code = len(bench.tg.packed_script(bench.tg.script_source()))
+    rooms = [code + 30_000, code + 60_000]
+    words = settings("record", iterations=2, size_target=rooms[1], val_tokens_limit=2000, **corpus.knobs()).split()
     shared = [part for word in words if "PRESET" not in word for part in ("--set", word)]
     out, kept = tmp_path / "runs.jsonl", tmp_path / "kept"
     asked = ("effects", "PRESET=record", "--out", out, *shared)
     assert bench_main(monkeypatch, *asked) == 0  # without: no file, and to be run again with
     assert bench_main(monkeypatch, *asked, "--packed", "--keep", kept) == 0
     row = json.loads(out.read_text().splitlines()[-1])
-    assert room - 10_000 <= row["total_bytes"] <= room and row["packed_bpb"] != row["bpb"]
-    assert row["packed_bpb"] == pytest.approx(row["bpb"], abs=0.2)
-    assert f"packed_bpb:{row['packed_bpb']:.5f}" in capsys.readouterr().out
+    (file,) = row["files"]
+    assert file["target"] == rooms[1] and rooms[1] - 10_000 <= file["bytes"] <= rooms[1]
+    assert file["bpb"] == pytest.approx(row["bpb"], abs=0.2) and file["bpb"] != row["bpb"]
+    assert f"packed_bpb:{file['bpb']:.5f}" in capsys.readouterr().out
     assert bench_main(monkeypatch, "export", kept / "base-s1337", "--sizes", 60_000, "--methods", "ours") == 0
     told = dict(word.split(":") for word in capsys.readouterr().out.split() if word.count(":") == 1)
-    assert int(told["bytes"]) == row["total_bytes"] - room + 60_000
-    assert float(told["tax_bpb"]) == pytest.approx(row["packed_bpb"] - row["bpb"], abs=1e-5)
+    assert int(told["bytes"]) == file["bytes"] - code
+    assert float(told["tax_bpb"]) == pytest.approx(file["bpb"] - row["bpb"], abs=1e-5)
     (kept / "base-s1337" / "model.pt").unlink()
     assert bench_main(monkeypatch, *asked, "--packed", "--keep", kept) == 0  # not there: run again
     assert len(out.read_text().splitlines()) == 3 and (kept / "base-s1337" / "model.pt").exists()
+    capsys.readouterr()
+    assert bench_main(monkeypatch, *asked, "--packed", *rooms) == 0  # another size: run again
+    again = json.loads(out.read_text().splitlines()[-1])["files"]
+    assert [one["target"] for one in again] == rooms and again[0]["bpb"] != again[1]["bpb"] == file["bpb"]
+    header, line = (part for part in capsys.readouterr().out.splitlines() if part.startswith(("| change", "| base")))
+    assert header.count("packed") == 2 and f"{again[0]['bpb']:.5f} ({again[0]['bytes']:,})" in line
+
+
+def test_files_are_drawn(tmp_path):
+    """Two changes of two seeds at two sizes; one has no file of the larger."""
+    pytest.importorskip("matplotlib")
+    rows = [
+        dict(name=name, seed=seed, files=[dict(target=t, bytes=t - seed, bpb=1 + 1 / t) for t in targets])
+        for name, targets in (("base", (10, 20)), ("small", (10,))) for seed in (1, 2)
+    ]  # fmt: skip
+    bench.plot_files(rows, tmp_path / "plots" / "bytes.png")
+    assert (tmp_path / "plots" / "bytes.png").stat().st_size > 10_000
 
 
 def test_effects_are_against_the_same_seed(corpus, monkeypatch, tmp_path, capsys):

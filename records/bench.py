@@ -26,7 +26,8 @@ on plain windows of the validation text of DATA_PATH: for tuning, let that be te
 Differences are within a seed; "usual bytes" are what a change's numbers take where 36 M weights fill 16 MB. --out keeps
 a line for each run, and runs that it holds are not repeated; --part 1/2 and 2/2 of the same file may share a GPU.
 --packed also exports each model at its SIZE_TARGET, or at the sizes told, and scores what its files hold: a sprint
-without the half minute that a process of its own and sliding windows take. --plot draws those scores against bytes.
+without the half minute that a process of its own and sliding windows take. --plot draws those scores against bytes,
+--probe measures the raw weights as result.json has it (an equilibrium's residuals, the shares of routed layers).
 --keep DIR leaves weights there for the verb export.
 
 export: what trained weights lose in a file of equal size, by rounding to nearest, by SDClip and GPTQ (both with Brotli,
@@ -286,8 +287,11 @@ def keep_weights(folder: Path, trainer: tg.Trainer, looping: bool) -> None:
     tg.save_tensors(folder / "model.pt", {"raw": dict(trainer.model.state_dict())})
 
 
-def short_run(env: dict[str, str], seed: int, packed: list[int] | None, keep: Path | None) -> dict[str, Any]:
-    """Train from scratch and score the raw weights; ``packed``: those of files too (see ``packed_files``)."""
+def short_run(
+    env: dict[str, str], seed: int, packed: list[int] | None, keep: Path | None, probe: bool
+) -> dict[str, Any]:
+    """Train from scratch and score the raw weights; ``packed``: those of files too (see ``packed_files``); ``probe``:
+    what the mechanisms tell of themselves in result.json (see ``train_gpt.PROBES``)."""
     begin = time.perf_counter()
     cfg, _ = tg.read_config(env | {"SEED": str(seed), "MAX_WALLCLOCK_SECONDS": "0"})
     trainer, count = tg.Trainer(tg.Run(cfg, tg.Launch(0, 1, 0))), cfg.train_batch_tokens // cfg.train_seq_len
@@ -310,6 +314,7 @@ def short_run(env: dict[str, str], seed: int, packed: list[int] | None, keep: Pa
         score = evaluate()
         if keep:
             keep_weights(keep, trainer, looping)
+        probes = tg.probe(run, trainer.model, val, looping) if probe else None
         files = [] if packed is None else packed_files(trainer, looping, evaluate, packed)
     finally:
         sizes = {name: param.numel() for name, param in trainer.model.named_parameters()}
@@ -317,7 +322,7 @@ def short_run(env: dict[str, str], seed: int, packed: list[int] | None, keep: Pa
     usual = sum(size * tg.usual_bits(tg.owner(name, tg.TENSOR_PLAN)) for name, size in sizes.items()) / 8
     return dict(
         seed=seed, nats=score.val_loss, bpb=score.val_bpb, train_loss=float(loss), params=sum(sizes.values()),
-        bytes=usual, ms=1e3 * seconds / cfg.iterations, built_seconds=built, config=env, files=files,
+        bytes=usual, ms=1e3 * seconds / cfg.iterations, built_seconds=built, config=env, files=files, probes=probes,
     )  # fmt: skip
 
 
@@ -390,7 +395,8 @@ def effects(args: argparse.Namespace) -> None:
         """Whether it tells all that is asked for now."""
         kept = not args.keep or (place(row["name"], row["seed"]) / "model.pt").exists()
         packed = {file["target"] for file in row["files"]}
-        return kept and (args.packed is None or bool(packed) and packed >= set(args.packed))
+        filed = args.packed is None or bool(packed) and packed >= set(args.packed)
+        return kept and filed and (not args.probe or row["probes"] is not None)
 
     rows = list(filter(whole, map(json.loads, lines)))
     done = {(row["name"], row["seed"], json.dumps(row["config"], sort_keys=True)) for row in rows}
@@ -401,7 +407,7 @@ def effects(args: argparse.Namespace) -> None:
             if (name, seed, json.dumps(env, sort_keys=True)) in done:
                 continue
             try:
-                row = dict(name=name) | short_run(env, seed, args.packed, place(name, seed))
+                row = dict(name=name) | short_run(env, seed, args.packed, place(name, seed), args.probe)
             except Exception as error:  # whatever a change breaks, the others are still to be measured
                 if name == "base":
                     raise
@@ -508,6 +514,7 @@ def main() -> int:
     verb.add_argument("--out", type=Path, help="a JSON line for each run; what it holds is not run again")
     told = "also export, to these bytes or SIZE_TARGET, code included, and score what the files hold"
     verb.add_argument("--packed", type=int, nargs="*", metavar="BYTES", help=told)
+    verb.add_argument("--probe", action="store_true", help="keep what mechanisms tell of themselves, in --out's lines")
     verb.add_argument("--plot", type=Path, metavar="PNG", help="draw the files' scores against their bytes")
     verb.add_argument("--keep", type=Path, metavar="DIR", help="leave the weights there, a folder for each run")
     verb.add_argument("--part", default="1/1", metavar="I/N", help="every N-th change from the I-th on")

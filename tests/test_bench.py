@@ -96,6 +96,19 @@ def test_a_packed_effect_scores_the_file(corpus, monkeypatch, tmp_path, capsys):
     assert header.count("packed") == 2 and f"{again[0]['bpb']:.5f} ({again[0]['bytes']:,})" in line
 
 
+def test_a_probed_effect_keeps_what_the_model_tells(corpus, monkeypatch, tmp_path):
+    """--probe: an equilibrium's telemetry in its line, nothing for a model that has none; without, it is run again."""
+    words = settings("deq", iterations=1, val_tokens_limit=500, **corpus.knobs()).split()
+    shared = [part for word in words if "PRESET" not in word for part in ("--set", word)]
+    out = tmp_path / "runs.jsonl"
+    asked = ("effects", "PRESET=deq NUM_LOOPS=0", "plain: DEQ_LAYER=-1", "--out", out, *shared)
+    for flags, told in ((), [None, None]), (("--probe",), [None, None, ["deq"], []]), (("--probe",), ...):
+        assert bench_main(monkeypatch, *asked, *flags) == 0
+        lines = [json.loads(line)["probes"] for line in out.read_text().splitlines()]
+        assert len(lines) == 4 if told is ... else [line if line is None else list(line) for line in lines] == told
+    assert len(lines[2]["deq"]["anderson"]["p50"]) == 32
+
+
 def test_files_are_drawn(tmp_path):
     """Two changes of two seeds at two sizes; one has no file of the larger."""
     pytest.importorskip("matplotlib")

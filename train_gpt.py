@@ -126,7 +126,8 @@ class Config:
     compile: bool = knob("run", True, "torch.compile the block, the head and the optimizer (CUDA only)")
     attention_backend: str = knob("run", "auto", "attention kernel; auto: FA3 if importable, else cuDNN on Hopper",
                                   choices=("auto", "fa3", "cudnn", "flash", "efficient", "math"))
-    fused: str = knob("run", "auto", "fused Triton operations; auto: on Hopper and later", choices=("auto", "0", "1"))
+    fused: str = knob("run", "auto", "fused Triton operations; auto: the model's on Hopper and later, the exporter's "
+                      "search wherever there is Triton", choices=("auto", "0", "1"))
     threads: int = knob("run", 0, "CPU threads of one process; 0: torch's choice", lo=0)
     save_scores: bool = knob("run", True, "write scores.npz, the ledger of the final stage")
     checkpoint_every: int = knob("run", 0, "steps between checkpoints; 0: on signals and at the end of training", lo=0)
@@ -435,7 +436,8 @@ PRESETS: dict[str, Preset] = {
     ),  # fmt: skip
     "deq": Preset(
         "the deep-equilibrium model PR #1783 meant: one block of 19.9 M weights run to its fixed point. Mended: the "
-        "fixed point exists, one causal solver trains and scores, the artifact is packed and scored.",
+        "fixed point exists, one causal solver trains and scores, the artifact is packed and scored. Differs: gates, "
+        "value embeddings and the optimizer of record.",
         dict(
             num_layers=1,
             model_dim=1024,
@@ -3556,13 +3558,12 @@ def implicit_gradient(block: Equilibrium, f: Callable, find: Callable, x: Tensor
     with torch.no_grad():
         x = find(f, x)
     y = f(x.requires_grad_())
-    found = y.view_as(y)
+    found = y.view_as(y)  # its gradient is solved for, that of the penalty on y is not
 
     def adjoint(g: Tensor) -> Tensor:
-        handle.remove()  # the hook must not see its own products
         return find(lambda v: g + torch.autograd.grad(y, x, v, retain_graph=True)[0], g)
 
-    handle = found.register_hook(adjoint)
+    found.register_hook(adjoint)
     return unsettled(block, found, y - x.detach()) if block.penalty else found
 
 
@@ -3570,10 +3571,7 @@ def unrolled_gradient(block: Equilibrium, f: Callable, find: Callable, x: Tensor
     """The control: back-propagation through every iteration, mixing coefficients held constant. Memory of them all. The
     penalty takes one evaluation more."""
     x = find(f, x)
-    if not block.penalty:
-        return x
-    y = f(x)
-    return unsettled(block, y, y - x)
+    return unsettled(block, x, f(x) - x) if block.penalty else x
 
 
 DEQ_GRADS = {"phantom": phantom_gradient, "ift": implicit_gradient, "unroll": unrolled_gradient}
@@ -3607,8 +3605,9 @@ def finer(z: Tensor) -> Tensor:
 
     Branches that round to n bits cannot settle: a change of the state by d flips the rounding of a share d / ulp of
     what they read by an ulp, so that sqrt(d ulp) comes back, and d stays near ulp = 2^-n. A sprint's model (H200; its
-    file on a CPU): in bf16 the median residual stops at 0.0032, in fp16 at 0.0007, in fp32 it goes on falling. What
-    branches read and hold has size 1 to 4, far from fp16's 65,504."""
+    file on a CPU): in bf16 the median residual stops at 0.0032, in fp16 at 0.0007, in fp32 it goes on falling. The
+    largest that its branches held was 491, before the MLP's second matrix, of fp16's 65,504; what passes that is no
+    number, and stops the run."""
     return z.half() if z.dtype == torch.bfloat16 else z
 
 
@@ -3968,8 +3967,8 @@ class TDCarry(Carry):
 
     Loss: 0.001 |e|^2 / |start|^2 with the target, change + 0.9 V(now), held fixed. a [passes, D] starts at TD_ALPHA, U
     at zero, so a fresh stack, which changes nothing, starts as the identity. PR #298 has neither error nor target: it
-    scales the stream by 0.475. Plain e^2 becomes the whole loss as the stream grows: over a small bare preset at four
-    times its rate it cost 0.77 nats, over |start|^2 nothing (docs/experiments.md).
+    scales the stream by 0.475. Plain e^2 becomes the whole loss as the stream grows: a small bare preset at four times
+    its rate lost 0.77 nats with it and nothing with the quotient (docs/experiments.md).
     """
 
     def __init__(self, cfg: Config, passes: int):
@@ -4051,23 +4050,27 @@ BLOCKS: dict[str, type[Block]] = {
 
 
 class Visits(NamedTuple):
-    """What an equilibrium layer costs a training step, in visits of a plain layer: FLOPs, and memory kept."""
+    """What an equilibrium layer costs, in visits of a plain layer: FLOPs of a training step and memory that it keeps,
+    FLOPs of scoring."""
 
     flops: float
     memory: float
+    scoring: float
 
 
 def visits_of(cfg: Config, layer: int) -> Visits:
     """A forward pass is a third of a visit's FLOPs, a product with its transposed Jacobian another third; a penalty
     on the slope is one more phantom step."""
     if layer != cfg.deq_layer:
-        return Visits(1, 1)
+        return Visits(1, 1, 1)
     depth, steps = cfg.deq_max_iter_train, cfg.deq_phantom_steps + (cfg.deq_slope_penalty > 0)
-    return {
-        "phantom": Visits(depth / 3 + steps, steps + 2),
-        "ift": Visits(1 + 2 * depth / 3, 3),
-        "unroll": Visits(depth + (cfg.deq_residual_penalty > 0), depth + 2 + (cfg.deq_residual_penalty > 0)),
+    unrolled = depth + (cfg.deq_residual_penalty > 0)
+    flops, memory = {
+        "phantom": (depth / 3 + steps, steps + 2),
+        "ift": (1 + 2 * depth / 3, 3),
+        "unroll": (unrolled, unrolled + 2),
     }[cfg.deq_grad]
+    return Visits(flops, memory, cfg.deq_max_iter_eval)
 
 
 # ######################################################################################################################
@@ -4272,8 +4275,9 @@ def effective_weights(model: GPT, sizes: Mapping[str, int]) -> int:
     return sum(sizes.values()) - own + sum(module.effective for module in seeded.values())
 
 
-def flops_per_token(cfg: Config, looping: bool) -> float:
-    """Model FLOPs of a training token: 6 x matrix weights applied (every visit, head included) + 6 T H K a visit.
+def flops_per_token(cfg: Config, looping: bool, scoring: bool = False) -> float:
+    """Model FLOPs of a training token: 6 x matrix weights applied (every visit, head included) + 6 T H K a visit. Of a
+    token that is scored: a third.
 
     Of a routed visit: c of the first, c^2 of the second (c T tokens see c T keys), and the router's 6 D. Linear
     attention costs what T = 2 (C + K) would, for chunks of C.
@@ -4282,11 +4286,12 @@ def flops_per_token(cfg: Config, looping: bool) -> float:
     layer = width * (2 * width + 2 * cfg.num_kv_heads * cfg.head_dim + 2 * hidden)
     total = width * cfg.vocab_size
     for visit in schedule(cfg, looping):
-        share, count = visit.capacity, visits_of(cfg, visit.layer).flops
+        share, visits = visit.capacity, visits_of(cfg, visit.layer)
+        count = visits.scoring if scoring else visits.flops
         linear_ = visit.layer in listed_layers(cfg, cfg.linear_layers)
         span = 2 * (LINEAR_CHUNK + cfg.head_dim) if linear_ else cfg.train_seq_len
         total += count * share * (layer + share * span * width) + len(visit.route) * width
-    return 6 * total
+    return (2 if scoring else 6) * total
 
 
 # ######################################################################################################################
@@ -7429,7 +7434,7 @@ def run_plan(cfg: Config, gpus: int) -> list[PlanRow]:
     before = min(1.0, switch) if cfg.loops else 1.0
     steps = before / step[False] + (1 - before) / step[True]
     steps = min(cfg.iterations, steps * clock) if cfg.max_wallclock_seconds else cfg.iterations
-    forward = gpus * H100["eval_mfu"] * H100["matmul"] / (flops_per_token(cfg, before < 1) / 3)
+    forward = gpus * H100["eval_mfu"] * H100["matmul"] / flops_per_token(cfg, before < 1, scoring=True)
     sliding = OFFICIAL_TARGETS * cfg.eval_seq_len / cfg.eval_stride / forward
     micro = min(98304, cfg.train_batch_tokens // gpus)
     return [

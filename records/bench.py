@@ -270,7 +270,11 @@ def packed_files(
     learned = tg.calibrate(trainer.run, trainer.model, state, rows, looping, {})
     for target in sizes or [cfg.size_target]:
         own = dataclasses.replace(cfg, size_target=target)
-        packed = tg.fit(own, tg.Quantizer(own, state, *learned), looping, code)
+        try:
+            packed = tg.fit(own, tg.Quantizer(own, state, *learned), looping, code)
+        except tg.OverBudget as error:
+            print(f"no file of {target} bytes: {error}", flush=True)
+            continue
         seconds = time.perf_counter() - begin
         with tg.swapped(trainer.model, tg.unpack(packed.blob).state()):
             bpb = score().val_bpb
@@ -322,7 +326,8 @@ def short_run(
     usual = sum(size * tg.usual_bits(tg.owner(name, tg.TENSOR_PLAN)) for name, size in sizes.items()) / 8
     return dict(
         seed=seed, nats=score.val_loss, bpb=score.val_bpb, train_loss=float(loss), params=sum(sizes.values()),
-        bytes=usual, ms=1e3 * seconds / cfg.iterations, built_seconds=built, config=env, files=files, probes=probes,
+        bytes=usual, ms=1e3 * seconds / cfg.iterations, built_seconds=built, config=env, sizes=packed, files=files,
+        probes=probes,
     )  # fmt: skip
 
 
@@ -394,11 +399,11 @@ def effects(args: argparse.Namespace) -> None:
     def whole(row: dict[str, Any]) -> bool:
         """Whether it tells all that is asked for now."""
         kept = not args.keep or (place(row["name"], row["seed"]) / "model.pt").exists()
-        packed = {file["target"] for file in row["files"]}
-        filed = args.packed is None or bool(packed) and packed >= set(args.packed)
+        asked, had = args.packed, row["sizes"]
+        filed = asked is None or had == asked or bool(asked and had) and set(asked) <= set(had)
         return kept and filed and (not args.probe or row["probes"] is not None)
 
-    rows = list(filter(whole, map(json.loads, lines)))
+    rows = [row for row in map(json.loads, lines) if "sizes" in row and whole(row)]  # older lines lack it
     done = {(row["name"], row["seed"], json.dumps(row["config"], sort_keys=True)) for row in rows}
     failed: list[str] = []
     for name, env in list(changes(args).items())[part - 1 :: parts]:

@@ -92,7 +92,12 @@ def test_a_packed_effect_scores_the_file(corpus, monkeypatch, tmp_path, capsys):
     assert bench_main(monkeypatch, *asked, "--packed", *rooms) == 0  # another size: run again
     again = json.loads(out.read_text().splitlines()[-1])["files"]
     assert [one["target"] for one in again] == rooms and again[0]["bpb"] != again[1]["bpb"] == file["bpb"]
-    header, line = (part for part in capsys.readouterr().out.splitlines() if part.startswith(("| change", "| base")))
+    assert bench_main(monkeypatch, *asked, "--packed", rooms[0]) == 0  # one of those: not run again
+    assert bench_main(monkeypatch, *asked, "--packed") == 0  # the settings' own size, as at first: neither
+    assert [json.loads(line)["sizes"] for line in out.read_text().splitlines()] == [None, [], [], rooms]
+    header, line, *_ = (
+        part for part in capsys.readouterr().out.splitlines() if part.startswith(("| change", "| base"))
+    )
     assert header.count("packed") == 2 and f"{again[0]['bpb']:.5f} ({again[0]['bytes']:,})" in line
 
 
@@ -109,15 +114,34 @@ def test_a_probed_effect_keeps_what_the_model_tells(corpus, monkeypatch, tmp_pat
     assert len(lines[2]["deq"]["anderson"]["p50"]) == 32
 
 
-def test_files_are_drawn(tmp_path):
-    """Two changes of two seeds at two sizes; one has no file of the larger."""
+def test_a_file_too_small_loses_nothing(corpus, monkeypatch, tmp_path, capsys):
+    """A size that no step reaches is told; the run and its other files are kept."""
+    words = settings("record", iterations=1, val_tokens_limit=500, **corpus.knobs()).split()
+    shared = [part for word in words if "PRESET" not in word for part in ("--set", word)]
+    out = tmp_path / "runs.jsonl"
+    room = len(bench.tg.packed_script(bench.tg.script_source())) + 60_000
+    sizes = (room - 59_000, room)
+    assert bench_main(monkeypatch, "effects", "PRESET=record", "--out", out, *shared, "--packed", *sizes) == 0
+    (row,) = map(json.loads, out.read_text().splitlines())
+    assert [file["target"] for file in row["files"]] == [room] and row["bpb"] > 0
+    assert f"no file of {sizes[0]} bytes" in capsys.readouterr().out
+
+
+def test_files_are_drawn(monkeypatch, tmp_path):
+    """Two changes of two seeds at two sizes, one without a file of the larger: their means and spreads."""
     pytest.importorskip("matplotlib")
+    scores = {("base", 10): (1.4, 1.6), ("base", 20): (1.2, 1.3), ("small", 10): (1.7, 1.7)}
     rows = [
-        dict(name=name, seed=seed, files=[dict(target=t, bytes=t - seed, bpb=1 + 1 / t) for t in targets])
-        for name, targets in (("base", (10, 20)), ("small", (10,))) for seed in (1, 2)
+        dict(name=name, seed=seed, files=[dict(target=t, bytes=t * 10**6, bpb=scores[name, t][seed])
+                                          for t in (10, 20) if (name, t) in scores])
+        for name in ("base", "small") for seed in (0, 1)
     ]  # fmt: skip
-    bench.plot_files(rows, tmp_path / "plots" / "bytes.png")
-    assert (tmp_path / "plots" / "bytes.png").stat().st_size > 10_000
+    drawn = []
+    monkeypatch.setattr(bench.report, "save", lambda plt, figure, path: drawn.append(figure.axes[0]))
+    bench.plot_files(rows, tmp_path / "bytes.png")
+    lines = {line.get_label(): line.lines[0].get_xydata().tolist() for line in drawn[0].containers}
+    assert lines == {"base": [[10, 1.5], [20, 1.25]], "small": [[10, 1.7]]}
+    assert [text.get_text() for text in drawn[0].get_legend().get_texts()] == ["base", "small"]
 
 
 def test_effects_are_against_the_same_seed(corpus, monkeypatch, tmp_path, capsys):

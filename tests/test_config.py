@@ -302,6 +302,18 @@ def test_the_plan_follows_from_its_parts():
     assert float(speed.split()[0]) == pytest.approx(1.18, rel=0.02)
 
 
+def test_the_plan_counts_what_scoring_solves():
+    """Sliding windows of an equilibrium take as long as its evaluations in scoring ask, whatever training does."""
+
+    def seconds(**values: str) -> float:
+        cfg, _ = tg.read_config({"PRESET": "deq"} | values)
+        plan = {row.name: row.value for row in tg.run_plan(cfg, gpus=8)}
+        return float(next(value for name, value in plan.items() if name.startswith("sliding")).split()[0])
+
+    assert seconds(DEQ_MAX_ITER_EVAL="24") > 1.8 * seconds(DEQ_MAX_ITER_EVAL="12")
+    assert seconds(DEQ_MAX_ITER_TRAIN="8") == seconds(DEQ_MAX_ITER_TRAIN="3")
+
+
 def test_unknown_commands_are_refused():
     """A command that does not exist names those that do."""
     for arguments in (["trian"], ["eval"], ["eval", "a", "b"], ["describe", "x"], ["pack", "a", "b"]):

@@ -197,7 +197,9 @@ def test_what_is_unsettled_is_pushed_until_it_settles(kind):
     def pull(iterations: int, penalty: float) -> torch.Tensor:
         A.grad = None
         block = type("Block", (Small,), dict(phantom_steps=2, penalty=penalty))()
-        tg.DEQ_GRADS[kind](block, f, lambda f, x: find(f, x, 1, iterations), start.clone()).sum().backward()
+        found = tg.DEQ_GRADS[kind](block, f, lambda f, x: find(f, x, 1, iterations), start.clone())
+        found.sum().backward()
+        outputs.append(found.detach())
         return A.grad
 
     def residual() -> float:
@@ -205,7 +207,9 @@ def test_what_is_unsettled_is_pushed_until_it_settles(kind):
             x = find(f, start, 1, 3)
             return float((f(x) - x).norm())
 
+    outputs: list[torch.Tensor] = []
     push, before = pull(3, 1.0) - pull(3, 0.0), residual()
+    assert torch.equal(*outputs)  # the penalty changes gradients alone
     assert push.norm() > 1e-2 and (pull(400, 1.0) - pull(400, 0.0)).norm() < 1e-3 * push.norm()
     with torch.no_grad():
         A -= 0.02 * push / push.norm()
@@ -224,16 +228,22 @@ def test_where_no_gradient_follows_the_map_is_finer(monkeypatch):
     with torch.no_grad():
         model.hidden(ids, False)
     assert set(seen) == {torch.float16}
+    seen.clear()
+    watched = lambda b, x, z, *rest: seen.append((z.dtype, torch.is_grad_enabled())) or own(b, x, z, *rest)
+    monkeypatch.setattr(tg, "equilibrium_map", watched)
+    with torch.no_grad():
+        tg.spectral_radius(model, ids, False, rounds=2)
+    assert set(seen) == {(torch.float16, False), (torch.bfloat16, True)}  # products of gradients as in training
 
 
 def test_a_finer_map_settles_further():
     """The median residual of a solve in bf16 stops well above that in fp16, whatever the number of iterations."""
     cfg = tiny("deq")
     model, ids, floors = tiny_model(cfg), random_ids(cfg, 2, 32), []
-    for kind in (torch.bfloat16, torch.float16):
-        model.dtype = kind
+    model.dtype = torch.bfloat16
+    for finer in (lambda z: z, tg.finer):
         with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-            patch.setattr(tg, "finer", lambda z: z)
+            patch.setattr(tg, "finer", finer)
             floors.append(tg.residual_report(model, ids, False, 5, 1e-3)["p50"][-1])
     assert floors[0] > 3 * floors[1], floors
 

@@ -326,6 +326,32 @@ def test_td_learns_what_is_to_come():
     assert V.mean() == pytest.approx(0.1, rel=0.1)
 
 
+def test_a_growing_stream_is_no_larger_loss_to_td():
+    """Its loss is relative to the stream: of one ten times as large its gradient is a tenth."""
+    carry, x, change = (
+        fresh(config(use_td_recurrence=True)).carries["td"],
+        torch.randn(1, 16, 64),
+        torch.randn(1, 16, 64),
+    )
+    pulls = []
+    for scale in (1.0, 10.0):
+        out, _ = carry(scale * (x + change), {"start": scale * x, "change": scale * change}, torch.tensor([0]), None)
+        (pull,) = torch.autograd.grad((0 * out).sum(), carry.up.weight)
+        pulls.append(pull)
+    assert pulls[0].norm() > 0
+    torch.testing.assert_close(pulls[1], 0.1 * pulls[0], rtol=1e-3, atol=1e-9)
+
+
+def test_the_resonance_is_a_wave():
+    """x (1 + r cos(t f)), t from the document's start, f learned in hundredths; the first pass has it too."""
+    carry, *calls = walked(config(use_resonant_encoding=True), "resonance")
+    for row, ((x, _, _, docs), (out, _)) in enumerate(calls):
+        t, start = tg.document_start(x, docs)
+        wave = torch.cos((t - start)[..., None] * 0.01 * carry.carry_pitch[row])
+        torch.testing.assert_close(out, x * (1 + carry.carry_size[row] * wave), rtol=1e-4, atol=1e-5)
+        assert wave.std() > 1e-3 and carry.carry_size[row].abs() > 0
+
+
 def test_the_state_goes_on():
     """A GRU step from the mean; the second pass starts from the first one's state."""
     carry, first, second = walked(config(use_selective_state=True), "state")

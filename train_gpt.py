@@ -1893,6 +1893,14 @@ def attention_by_feature(cfg: Config, device: torch.device) -> str:
     return "fa3" if importlib.util.find_spec("flash_attn_interface") is not None else "cudnn"
 
 
+def masked_for(cfg: Config, device: torch.device) -> str:
+    """What is wrong with the kernel that should keep documents apart, so that a mask has to; empty if nothing is, or
+    none should."""
+    name = attention_by_feature(cfg, device)
+    asked = cfg.pack_docs and device.type == "cuda" and name in SPAN_ATTENTION
+    return span_trouble(name, cfg.head_dim, device) if asked else ""
+
+
 def select_attention(cfg: Config, device: torch.device) -> str:
     """The back end, with torch's own kernels switched to it; one with a mask where no kernel keeps documents apart."""
     name = attention_by_feature(cfg, device)
@@ -1902,9 +1910,7 @@ def select_attention(cfg: Config, device: torch.device) -> str:
     for switch in ("cudnn", "flash", "efficient", "math"):
         enable = getattr(torch.backends.cuda, f"enable_{'mem_' * (switch == 'efficient')}{switch}_sdp")
         enable(name == switch or switch in masked)
-    if cfg.pack_docs and name in SPAN_ATTENTION and span_trouble(name, cfg.head_dim, device):
-        return "efficient"  # which takes a mask
-    return name
+    return "efficient" if masked_for(cfg, device) else name  # which takes a mask
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, backend: str) -> Tensor:
@@ -7036,8 +7042,7 @@ def preflight(run: Run, trainer: Trainer, code: int) -> None:
         return
     if has_search(cfg, run.device) and (trouble := search_trouble(cfg.trellis_states, run.device)):
         run.log(f"warning: the trellis is searched without its kernel, seconds slower: {trouble}")
-    attention = attention_by_feature(cfg, run.device), cfg.head_dim, run.device
-    if cfg.pack_docs and run.device.type == "cuda" and (trouble := span_trouble(*attention)):
+    if trouble := masked_for(cfg, run.device):
         run.log(f"warning: documents are kept apart by masks, half as slow again: {trouble}")
     state = trainer.model.state_dict()
     copies = 2 * (4 + len(trainer.ema.averages))  # a checkpoint, the one it replaces, and the final weights

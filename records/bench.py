@@ -267,11 +267,10 @@ def packed_files(
     cfg, begin, files = trainer.cfg, time.perf_counter(), []
     state = {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()}
     code, rows = len(tg.packed_script(tg.script_source())), tg.calibration_rows(trainer)
-    learned = tg.calibrate(trainer.run, trainer.model, state, rows, looping, {})
+    quantizer = tg.Quantizer(cfg, state, *tg.calibrate(trainer.run, trainer.model, state, rows, looping, {}))
     for target in sizes or [cfg.size_target]:
-        own = dataclasses.replace(cfg, size_target=target)
         try:
-            packed = tg.fit(own, tg.Quantizer(own, state, *learned), looping, code)
+            packed = tg.fit(dataclasses.replace(cfg, size_target=target), quantizer, looping, code)
         except tg.OverBudget as error:
             print(f"no file of {target} bytes: {error}", flush=True)
             continue
@@ -339,6 +338,11 @@ def by_change(rows: list[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]
     return runs
 
 
+def targets_of(rows: list[dict[str, Any]]) -> list[int]:
+    """The sizes of their files, from the smallest on."""
+    return sorted({file["target"] for row in rows for file in row["files"]})
+
+
 def of_size(runs: list[dict[str, Any]], target: int) -> list[dict[str, float]]:
     """The runs' files of one size."""
     return [file for row in runs for file in row["files"] if file["target"] == target]
@@ -347,7 +351,7 @@ def of_size(runs: list[dict[str, Any]], target: int) -> list[dict[str, float]]:
 def effects_table(rows: list[dict[str, Any]]) -> str:
     """Each change against the base of the same seed, and its files' scores with the bytes of the largest."""
     runs, lines = by_change(rows), []
-    base, targets = runs.get("base", {}), sorted({file["target"] for row in rows for file in row["files"]})
+    base, targets = runs.get("base", {}), targets_of(rows)
     for name, own in runs.items():
         paired = [(row, base[seed]) for seed, row in own.items() if seed in base]
         if not paired:
@@ -372,17 +376,14 @@ def plot_files(rows: list[dict[str, Any]], path: Path) -> None:
     plt = report.import_pyplot()
     figure, axes = plt.subplots()
     for index, (name, own) in enumerate(by_change(rows).items()):
-        found = [
-            of_size(list(own.values()), target) for target in sorted({f["target"] for r in rows for f in r["files"]})
-        ]
-        points = [([one["bytes"] / 1e6 for one in files], [one["bpb"] for one in files]) for files in found if files]
+        runs = list(own.values())
+        found = [of_size(runs, target) for target in targets_of(runs)]
+        points = [([one["bytes"] / 1e6 for one in files], [one["bpb"] for one in files]) for files in found]
         spread = [report.std(scores) if len(scores) > 1 else 0.0 for _, scores in points]
         means = [(statistics.mean(sizes), statistics.mean(scores)) for sizes, scores in points]
         if means:
             axes.errorbar(*zip(*means, strict=True), yerr=spread, capsize=4, label=name, **report.look(index))
-    axes.set(xlabel="code + artifact (MB of 1,000,000 bytes)", ylabel="quantized score (bits per byte)")
-    axes.set_title("Score against size (lower left is better)")
-    report.legend(axes)
+    report.label_pareto(axes, "quantized")
     report.save(plt, figure, path)
 
 

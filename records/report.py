@@ -1113,6 +1113,13 @@ def draw_cap(axes: Any, largest: float) -> None:
         axes.axvline(SIZE_CAP / 1e6, color="crimson", lw=1.2, label="cap")
 
 
+def label_pareto(axes: Any, stage: str) -> None:
+    """What the axes of scores against sizes are, and the legend."""
+    axes.set(xlabel="code + artifact (MB of 1,000,000 bytes)", ylabel=f"{stage} score (bits per byte)")
+    axes.set_title("Score against size (lower left is better)")
+    legend(axes)
+
+
 def plot_pareto(plt: Any, rows: Sequence[Row], path: Path) -> Path | None:
     """bpb against the bytes that count, at one stage; whiskers are one standard deviation over seeds."""
     placed = [row for row in rows if row.stages & set(STAGES[2:]) and row.values("total_bytes")]
@@ -1131,10 +1138,8 @@ def plot_pareto(plt: Any, rows: Sequence[Row], path: Path) -> Path | None:
     axes.step(*zip(*front, strict=True), where="post", color="0.5", lw=1, ls="--", zorder=0, label="Pareto front")
     largest = max(size for size, _ in points)
     draw_cap(axes, largest)
-    axes.set(xlabel="code + artifact (MB of 1,000,000 bytes)", ylabel=f"{stage} score (bits per byte)")
-    axes.set_title("Score against size (lower left is better)")
     axes.margins(0.12)
-    legend(axes)
+    label_pareto(axes, stage)
     return save(plt, figure, path)
 
 

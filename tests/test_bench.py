@@ -19,6 +19,12 @@ def settings(preset: str, **values) -> str:
     return " ".join(f"{name}={value}" for name, value in env.items() if value)
 
 
+def shared_settings(preset: str, **values) -> list[str]:
+    """The same but for the preset, as options of ``effects``."""
+    words = [word for word in settings(preset, **values).split() if "PRESET" not in word]
+    return [part for word in words for part in ("--set", word)]
+
+
 def bench_main(monkeypatch, *arguments) -> int:
     monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, arguments)])
     return bench.main()
@@ -70,8 +76,7 @@ def test_a_packed_effect_scores_the_file(corpus, monkeypatch, tmp_path, capsys):
     reads what is left and makes the same file of it."""
     code = len(bench.tg.packed_script(bench.tg.script_source()))
     rooms = [code + 30_000, code + 60_000]
-    words = settings("record", iterations=2, size_target=rooms[1], val_tokens_limit=2000, **corpus.knobs()).split()
-    shared = [part for word in words if "PRESET" not in word for part in ("--set", word)]
+    shared = shared_settings("record", iterations=2, size_target=rooms[1], val_tokens_limit=2000, **corpus.knobs())
     out, kept = tmp_path / "runs.jsonl", tmp_path / "kept"
     asked = ("effects", "PRESET=record", "--out", out, *shared)
     assert bench_main(monkeypatch, *asked) == 0  # without: no file, and to be run again with
@@ -103,8 +108,7 @@ def test_a_packed_effect_scores_the_file(corpus, monkeypatch, tmp_path, capsys):
 
 def test_a_probed_effect_keeps_what_the_model_tells(corpus, monkeypatch, tmp_path):
     """--probe: an equilibrium's telemetry in its line, nothing for a model that has none; without, it is run again."""
-    words = settings("deq", iterations=1, val_tokens_limit=500, **corpus.knobs()).split()
-    shared = [part for word in words if "PRESET" not in word for part in ("--set", word)]
+    shared = shared_settings("deq", iterations=1, val_tokens_limit=500, **corpus.knobs())
     out = tmp_path / "runs.jsonl"
     asked = ("effects", "PRESET=deq NUM_LOOPS=0", "plain: DEQ_LAYER=-1", "--out", out, *shared)
     for flags, told in ((), [None, None]), (("--probe",), [None, None, ["deq"], []]), (("--probe",), ...):
@@ -116,8 +120,7 @@ def test_a_probed_effect_keeps_what_the_model_tells(corpus, monkeypatch, tmp_pat
 
 def test_a_file_too_small_loses_nothing(corpus, monkeypatch, tmp_path, capsys):
     """A size that no step reaches is told; the run and its other files are kept."""
-    words = settings("record", iterations=1, val_tokens_limit=500, **corpus.knobs()).split()
-    shared = [part for word in words if "PRESET" not in word for part in ("--set", word)]
+    shared = shared_settings("record", iterations=1, val_tokens_limit=500, **corpus.knobs())
     out = tmp_path / "runs.jsonl"
     room = len(bench.tg.packed_script(bench.tg.script_source())) + 60_000
     sizes = (room - 59_000, room)
@@ -152,8 +155,7 @@ def test_effects_are_against_the_same_seed(corpus, monkeypatch, tmp_path, capsys
         "row | other | mine | any | 1 | PRESET=naive | -\n"
     )
     monkeypatch.setattr(bench.report, "ROOT", tmp_path)
-    settings_ = [word for word in settings("record", iterations=3, **corpus.knobs()).split() if "PRESET" not in word]
-    shared = [part for word in settings_ for part in ("--set", word)]
+    shared = shared_settings("record", iterations=3, **corpus.knobs())
     out = tmp_path / "runs.jsonl"
     words = (
         "effects",

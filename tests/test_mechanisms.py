@@ -328,12 +328,8 @@ def test_td_learns_what_is_to_come():
 
 def test_a_growing_stream_is_no_larger_loss_to_td():
     """Its loss is relative to the stream: of one ten times as large its gradient is a tenth."""
-    carry, x, change = (
-        fresh(config(use_td_recurrence=True)).carries["td"],
-        torch.randn(1, 16, 64),
-        torch.randn(1, 16, 64),
-    )
-    pulls = []
+    carry = fresh(config(use_td_recurrence=True)).carries["td"]
+    x, change, pulls = torch.randn(1, 16, 64), torch.randn(1, 16, 64), []
     for scale in (1.0, 10.0):
         out, _ = carry(scale * (x + change), {"start": scale * x, "change": scale * change}, torch.tensor([0]), None)
         (pull,) = torch.autograd.grad((0 * out).sum(), carry.up.weight)

@@ -679,6 +679,8 @@ MODEL_CHECKS: tuple[tuple[Callable[[Config], bool], str], ...] = (
      "TTT_CHUNK_TOKENS={ttt_chunk_tokens} must hold a sequence of EVAL_SEQ_LEN={eval_seq_len} tokens"),
 )  # fmt: skip
 TRAIN_CHECKS: tuple[tuple[Callable[[Config], bool], str], ...] = (
+    (lambda c: not c.run_id or Path(c.run_id).name == c.run_id != "..",
+     "RUN_ID={run_id!r} must be the name of one folder, without a path"),
     (lambda c: c.train_batch_tokens % c.train_seq_len == 0,
      "TRAIN_BATCH_TOKENS={train_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={train_seq_len}"),
     (lambda c: not c.max_wallclock_seconds or c.gptq_reserve_seconds < c.max_wallclock_seconds,
@@ -782,8 +784,41 @@ def check_knob(name: str, field: dataclasses.Field, value: Any) -> Any:
     return value
 
 
+# What other scripts call some knobs.
+USUAL_NAMES = dict.fromkeys(("LR", "LEARNING_RATE"), "MATRIX_LR") | dict.fromkeys(
+    ("MAX_STEPS", "NUM_STEPS", "NUM_ITERATIONS", "TRAIN_STEPS"), "ITERATIONS"
+) | {"BATCH_SIZE": "TRAIN_BATCH_TOKENS", "SEQ_LEN": "TRAIN_SEQ_LEN", "N_LAYER": "NUM_LAYERS"}  # fmt: skip
+
+# Knobs that do nothing while another is off: (how their names begin, what they need, how it is set).
+IDLE: tuple[tuple[tuple[str, ...], Callable[[Config], Any], str], ...] = (
+    (("LORA_RANK_", "ADAPTER_RANK", "SEED_LAYERS", "SEED_BASIS", "SEED_PER_VISIT"), seeded_maps, "SEED_MAPS"),
+    (("MOD_",), lambda c: any(capacities(c)), "MOD_LAYERS, a MOD_CAPACITY and visits of those layers"),
+    (("DEQ_",), lambda c: c.deq_layer >= 0, "DEQ_LAYER"),
+    (("BIGRAM_",), lambda c: c.bigram_vocab_size, "BIGRAM_VOCAB_SIZE"),
+    (("VE_",), lambda c: c.ve_layers, "VE_LAYERS"),
+    (("TTT_LINEAR_",), lambda c: c.ttt_linear_layers, "TTT_LINEAR_LAYERS"),
+    (("TD_",), lambda c: c.use_td_recurrence, "USE_TD_RECURRENCE=1"),
+    (("THERMO_",), lambda c: c.use_thermo_loss, "USE_THERMO_LOSS=1"),
+    (("EXIT_",), lambda c: c.use_adaptive_depth, "USE_ADAPTIVE_DEPTH=1"),
+    (("NUM_EXPERTS",), lambda c: c.use_eigenspace_routing, "USE_EIGENSPACE_ROUTING=1"),
+    (("USE_SELECTIVE_", "USE_TD_", "USE_GRADIENT_", "USE_CONFIDENCE_", "USE_RESONANT_", "USE_ADAPTIVE_"),
+     lambda c: c.loops, "a recurrence (NUM_LOOPS, NUM_PASSES or RECUR_LAYERS)"),
+)  # fmt: skip
+
+
+def idle_knobs(cfg: Config, env: Mapping[str, str]) -> list[str]:
+    """Warnings about variables that are set, not to the default, and change nothing."""
+    told = [name for name, field in knobs().items() if name in env and getattr(cfg, field.name) != field.default]
+    asleep = [(starts, wanted) for starts, needed, wanted in IDLE if not needed(cfg)]
+    return [
+        f"{name}={env[name]} has no effect: it needs {wanted}"
+        for starts, wanted in asleep for name in told if name.startswith(starts)
+    ]  # fmt: skip
+
+
 def unknown_names(env: Mapping[str, str]) -> list[str]:
-    """Warnings about names that are no knobs. A near miss stops the run; a stranger in a known family warns."""
+    """Warnings about names that are no knobs. A near miss, or a knob in other letters, stops the run; a stranger of a
+    known family, or another script's name, warns."""
     known = knobs()
     counts: dict[str, int] = {}
     for name in known:
@@ -792,7 +827,12 @@ def unknown_names(env: Mapping[str, str]) -> list[str]:
     allowed = set(env.get("ALLOW_ENV", "").split(",")) | FOREIGN_NAMES | {"STRICT_ENV", "ALLOW_ENV"}
     warnings = []
     for name in sorted(set(env) - set(known) - allowed):
+        if name.upper() in known:
+            raise UserError(f"{name} is no knob, {name.upper()} is (ALLOW_ENV={name} lets it pass)")
         if name.startswith(FOREIGN_FAMILIES) or not name.isupper():
+            continue
+        if name in USUAL_NAMES:
+            warnings.append(f"{name} is no knob of this script and has no effect; {USUAL_NAMES[name]} is")
             continue
         if close := difflib.get_close_matches(name, known, n=1, cutoff=0.86):
             raise UserError(f"{name} is no knob; did you mean {close[0]}? (ALLOW_ENV={name} lets it pass)")
@@ -829,7 +869,7 @@ def read_config(env: Mapping[str, str], base: Mapping[str, Any] | None = None) -
     for holds, message in MODEL_CHECKS + (TRAIN_CHECKS if base is None else ()):
         if not holds(cfg):
             raise UserError(message.format(**fields))
-    return cfg, warnings
+    return cfg, warnings + idle_knobs(cfg, env)
 
 
 class Launch(NamedTuple):
@@ -910,7 +950,7 @@ def load_tensors(path: Path) -> dict:
 class Run:
     """One process of a run: its rank, device, folder and log. Rank 0 speaks and writes.
 
-    ``folder`` is None until ``open``: nothing is kept before it.
+    ``folder`` is None until ``open``, which writes down what was told before.
     """
 
     def __init__(self, cfg: Config, launch: Launch):
@@ -921,6 +961,7 @@ class Run:
         self.signal = 0
         self.laps: dict[str, float] = {}  # seconds of the parts of start-up, in order
         self.folder: Path | None = None
+        self.early: list[tuple[str, str]] = []  # (file, line) of what was told before there was a folder
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
         if self.world_size > 1:
@@ -960,6 +1001,9 @@ class Run:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"cannot make the run folder {folder}: {error.strerror}; set RUNS_DIR") from error
+        for name, line in self.early:
+            self._append(name, line)
+        self.early.clear()
 
     def log(self, line: str = "", console: bool = True) -> None:
         """One line to the console and the run's log. Rank 0 only."""
@@ -976,6 +1020,7 @@ class Run:
 
     def _append(self, name: str, line: str) -> None:
         if not self.folder:
+            self.early.append((name, line))
             return
         try:
             with open(self.folder / name, "a", encoding="utf-8") as file:
@@ -1186,7 +1231,8 @@ def load_tokenizer(cfg: Config) -> Any:
     try:
         blob = paths.tokenizer.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read the tokenizer {paths.tokenizer}: {error.strerror}; set TOKENIZER_PATH") from error
+        remedy = "make data by data/prepare.py, or set DATA_DIR and DATASET, or TOKENIZER_PATH"
+        raise UserError(f"cannot read the tokenizer {paths.tokenizer}: {error.strerror}; {remedy}") from error
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_proto=blob)
     except RuntimeError:
@@ -1195,25 +1241,34 @@ def load_tokenizer(cfg: Config) -> Any:
         raise UserError(
             f"VOCAB_SIZE={cfg.vocab_size} but {paths.tokenizer} has {pieces.vocab_size()} pieces; set either"
         )
-    wanted = tokenizer_sha256(paths)
-    if wanted and wanted != hashlib.sha256(blob).hexdigest():
+    _, known = read_manifest(paths)
+    if known and known[0].get("sha256", "") not in ("", hashlib.sha256(blob).hexdigest()):
         raise UserError(
             f"{paths.tokenizer} is not the tokenizer that made {paths.folder} (SHA-256 differs from the manifest)"
         )
     return pieces
 
 
-def tokenizer_sha256(paths: DataPaths) -> str:
-    """The SHA-256 that the manifest gives for this dataset's tokenizer; empty when it gives none."""
+def read_manifest(paths: DataPaths) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What the manifest says of this dataset, and of its tokenizer (at most one); empty where it says nothing."""
     try:
         manifest = json.loads(paths.manifest.read_text(encoding="utf-8"))
     except OSError:
-        return ""
+        return {}, []
     except ValueError:
         raise UserError(f"{paths.manifest} is not JSON; delete it and prepare the data again") from None
-    used = {row.get("tokenizer_name") for row in manifest.get("datasets", []) if row.get("name") == paths.folder.name}
-    found = [row.get("sha256", "") for row in manifest.get("tokenizers", []) if row.get("name") in used]
-    return found[0] if found else ""
+    mine = next((row for row in manifest.get("datasets", []) if row.get("name") == paths.folder.name), {})
+    used = mine.get("tokenizer_name")
+    return mine, [row for row in manifest.get("tokenizers", []) if mine and row.get("name") == used][:1]
+
+
+def check_files(paths: DataPaths, files: list[str]) -> None:
+    """The files are those that the manifest lists, to the byte; one that it does not list passes."""
+    listed_as = {Path(name).name: row.get("sha256") for name, row in read_manifest(paths)[0].get("files", {}).items()}
+    for path in map(Path, files):
+        wanted = listed_as.get(path.name)
+        if wanted and hashlib.sha256(path.read_bytes()).hexdigest() != wanted:
+            raise UserError(f"{path} is not the file that {paths.manifest} lists (SHA-256 differs); prepare it again")
 
 
 class ByteTable(NamedTuple):
@@ -1259,6 +1314,7 @@ class ValStream(NamedTuple):
 
     tokens: Tensor
     nbytes: Tensor
+    counted_by: str = ""  # the sidecar or the byte table
 
     @property
     def targets(self) -> int:
@@ -1288,9 +1344,14 @@ def load_validation(cfg: Config, pieces: Any) -> ValStream:
     else:
         counted = byte_table(pieces).count(tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64))
     check_bytes(pieces, tokens, counted, slack=0.05 if sidecars else 0.0)
+    check_files(data_paths(cfg), [*shard_paths(folder, "val"), *sidecars])
     limit = cfg.val_tokens_limit or len(tokens)
     tokens, counted = tokens[:limit].astype(np.int64), counted[: limit - 1].astype(np.int64)
-    return ValStream(torch.from_numpy(tokens), torch.from_numpy(counted))
+    if not counted.sum():
+        raise UserError(
+            f"the {len(counted)} validation targets in {folder} stand for no bytes; set VAL_TOKENS_LIMIT higher"
+        )
+    return ValStream(torch.from_numpy(tokens), torch.from_numpy(counted), "sidecar" if sidecars else "byte table")
 
 
 def check_bytes(pieces: Any, tokens: np.ndarray, counted: np.ndarray, slack: float, documents: int = 64) -> None:
@@ -2722,7 +2783,9 @@ def select_ops(cfg: Config, device: torch.device) -> Ops:
     suits = cfg.model_dim % 16 == 0 and hidden % 128 == 0 and head & (head - 1) == 0
     able = triton is not None and TensorDescriptor is not None and hopper and suits
     if cfg.fused == "1" and not able:
-        raise UserError("FUSED=1 needs Hopper, Triton >= 3.4, MODEL_DIM in 16s, hidden in 128s, heads of 2^k")
+        raise UserError(
+            "FUSED=1 needs Hopper, Triton >= 3.4, MODEL_DIM in 16s, hidden in 128s, heads of 2^k; or FUSED=auto"
+        )
     return FUSED if able and cfg.fused != "0" else PLAIN
 
 
@@ -3607,6 +3670,14 @@ class AddPenalty(torch.autograd.Function):
         return dx, torch.ones((), device=dx.device)
 
 
+class Penalised:
+    """A module with terms of its own in the loss. ``per_token`` is what a token weighs there: 1 / TRAIN_BATCH_TOKENS in
+    a trainer's hands. Elsewhere 0: what test-time training descends is the text's loss alone, and all that it depends
+    on is in the artifact."""
+
+    per_token = 0.0
+
+
 def equilibrium_map(
     block: Equilibrium, x: Tensor, z: Tensor, rope, docs: Tensor | None, ops: Ops, values: Tensor | None
 ) -> Tensor:
@@ -3633,7 +3704,7 @@ def finer(z: Tensor) -> Tensor:
     return z.half() if z.dtype == torch.bfloat16 else z
 
 
-class Equilibrium(Universal):
+class Equilibrium(Universal, Penalised):
     """x* = f(x*; z): a layer iterated to its fixed point, its input z injected at every iteration (Bai et al. 2019).
 
     f(x; z) = norm(u + attention + MLP), u = carry x + inject z: the norm is outside the residual. The state stays on a
@@ -3657,10 +3728,16 @@ class Equilibrium(Universal):
         self.gradient = DEQ_GRADS[cfg.deq_grad]
         self.phantom_steps, self.phantom_damping = cfg.deq_phantom_steps, cfg.deq_phantom_damping
         self.aim = cfg.deq_residual_aim
-        self.penalty, self.slope_penalty = (
-            weight / cfg.train_batch_tokens for weight in (cfg.deq_residual_penalty, cfg.deq_slope_penalty)
-        )
+        self.residual_weight, self.slope_weight = cfg.deq_residual_penalty, cfg.deq_slope_penalty
         self.trace: list[Tensor] | None = None  # collects the residuals of the next visits
+
+    @property
+    def penalty(self) -> float:
+        return self.per_token * self.residual_weight
+
+    @property
+    def slope_penalty(self) -> float:
+        return self.per_token * self.slope_weight
 
     def visit(
         self, parts: Mapping[str, Callable], x: Tensor, x0: Tensor, rope, docs: Tensor | None, *rest: Any
@@ -3768,7 +3845,7 @@ def choose(
     score = (norm(x.detach().float()) * router).sum(-1) / math.sqrt(x.shape[-1])
     fixed, time = score.detach(), x.shape[1]
     gap = torch.sigmoid(score).mean(1) - rows / time  # exact choices balance the load anyway; this keeps scores there
-    loss = block.z_loss * score.square().sum() + block.balance_loss * time * gap.square().sum()
+    loss = block.per_token * (block.z_loss * score.square().sum() + block.balance_loss * time * gap.square().sum())
     if threshold is not None:  # the smooth pinball loss: its slope is the capacity less the share above the threshold
         share, width = rows / time, 0.02
         loss = loss + block.per_token * (width * F.softplus((fixed - threshold) / width) + share * threshold).sum()
@@ -3819,7 +3896,7 @@ def routed_forward(
     return torch.where(chosen.passes[..., None], stream + change, stream).to(x.dtype)
 
 
-class Routed(Universal):
+class Routed(Universal, Penalised):
     """Mixture of depths: a router takes a share of the tokens through the layer, the rest keep their stream.
 
     Raposo et al. 2024, https://arxiv.org/abs/2404.02258: x_t + w_t (f(x)_t - x_t) for the tokens taken. There w is the
@@ -3838,8 +3915,7 @@ class Routed(Universal):
         self.router = nn.Parameter((0.1 * torch.randn(cfg.model_dim)).repeat(passes, 1))
         self.threshold = nn.Parameter(torch.zeros(passes)) if cfg.mod_rule == "threshold" else None
         self.rule = cfg.mod_rule
-        self.per_token = 1 / cfg.train_batch_tokens
-        self.z_loss, self.balance_loss = cfg.mod_z_loss * self.per_token, cfg.mod_balance_loss * self.per_token
+        self.z_loss, self.balance_loss = cfg.mod_z_loss, cfg.mod_balance_loss
         self.trace: list[tuple[Route, Selection]] | None = None  # collects the choices of the next visits
 
     def visit(
@@ -3867,7 +3943,7 @@ class Routed(Universal):
 CARRY_RANK, TD_DISCOUNT, TD_WEIGHT = 16, 0.9, 1e-3
 
 
-class Carry(nn.Module):
+class Carry(nn.Module, Penalised):
     """A change of the stream x [..., T, D] where a pass begins; ``turn``, int64 [1], is its number less ``first``.
 
     memory: "start", the stream when the pass before began, "change" of it since (zero before pass 0), and what carries
@@ -3997,7 +4073,6 @@ class TDCarry(Carry):
         self.down = linear("carries.td.down", self.width, CARRY_RANK)
         self.up = linear("carries.td.up", CARRY_RANK, self.width, init="zero")
         self.carry_step = self.rows(cfg.td_alpha)
-        self.weight = TD_WEIGHT / cfg.train_batch_tokens
 
     def forward(self, x: Tensor, memory: dict[str, Tensor], turn: Tensor, docs: Tensor | None) -> tuple:
         start, change = memory["start"], memory["change"]
@@ -4005,7 +4080,8 @@ class TDCarry(Carry):
         error = change + TD_DISCOUNT * now - before
         size = dot(start, start).detach().clamp_min(1e-6)
         loss = (((error + before).detach() - before).square() / size).sum()
-        return AddPenalty.apply((x + at(self.carry_step, turn) * error).to(x.dtype), self.weight * loss), memory
+        loss = TD_WEIGHT * self.per_token * loss
+        return AddPenalty.apply((x + at(self.carry_step, turn) * error).to(x.dtype), loss), memory
 
 
 class ExitGate(Carry):
@@ -4023,13 +4099,14 @@ class ExitGate(Carry):
         super().__init__(cfg, passes)
         self.carry_gate = self.rows()
         self.carry_bias = nn.Parameter(torch.full((self.passes, 1), -2.0))
-        self.weight = cfg.exit_penalty / cfg.train_batch_tokens
+        self.exit_penalty = cfg.exit_penalty
 
     def forward(self, x: Tensor, memory: dict[str, Tensor], turn: Tensor, docs: Tensor | None) -> tuple:
         score = (norm(x.float()) * at(self.carry_gate, turn)).sum(-1, keepdim=True) / self.width**0.5
         stays = torch.sigmoid(-score - at(self.carry_bias, turn)) * memory.get("stays", 1.0)
         live = (stays > 0.5).float() + (stays - stays.detach())
-        return AddPenalty.apply(x, self.weight * stays.sum()), memory | {"stays": stays, "live": live}
+        cost = self.exit_penalty * self.per_token * stays.sum()
+        return AddPenalty.apply(x, cost), memory | {"stays": stays, "live": live}
 
 
 def leave(x: Tensor, start: Tensor, live: Tensor) -> Tensor:
@@ -4820,6 +4897,9 @@ class Trainer:
     def __init__(self, run: Run):
         self.run, self.cfg = run, run.cfg
         self.model = build_model(run.cfg, run)
+        for module in self.model.modules():
+            if isinstance(module, Penalised):
+                module.per_token = 1 / run.cfg.train_batch_tokens
         self.stream = TrainStream(run.cfg)
         EMBED_INITS[run.cfg.embed_init](run, self.model, self.stream)
         self.optimizers = Optimizers(self.model, run)
@@ -4916,9 +4996,11 @@ class Trainer:
         self.run.barrier()
         self.run.log(f"checkpoint: step {self.step} saved")
 
-    def resume(self) -> None:
-        """Continue from the run folder's checkpoint; the knobs that shape training must be the same."""
-        state = load_tensors(self.run.folder / "checkpoint.pt")
+    def resume(self, folder: Path) -> None:
+        """Continue from a run folder's checkpoint, if it has one; the knobs that shape training must be the same."""
+        if not self.run.share((folder / "checkpoint.pt").exists()):
+            return self.run.log(f"resume: {folder} has no checkpoint yet, starting at step 0")
+        state = load_tensors(folder / "checkpoint.pt")
         known = knobs()
         for name, value in state["config"].items():
             group = known[name.upper()].metadata["group"]
@@ -6225,6 +6307,8 @@ def unpack(blob: bytes, source: str = "artifact") -> Artifact:
         if blob[:8] != MAGIC:
             older = "; it was packed by another version of this script, read it with that one" * (blob[:5] == MAGIC[:5])
             raise ValueError(f"it does not start with {MAGIC.decode()}{older}")
+        if len(blob) < 44:
+            raise ValueError("it ends within its first 44 bytes")
         (size,) = struct.unpack("<I", blob[8:12])
         body = blob[44:]
         if size > min(len(body), LIMITS["header"]):
@@ -6993,18 +7077,28 @@ def prepare_demo(cfg: Config, run: Run) -> None:
 
 
 def choose_run_id(cfg: Config) -> str:
-    """RUN_ID; else the newest unfinished folder of this preset when resuming; else a new name."""
+    """RUN_ID; else the newest unfinished folder of this preset when resuming; else a name that nobody has.
+
+    UserError where RUN_ID would overwrite a run, or names none to go on with.
+    """
+    folder = Path(cfg.runs_dir) / cfg.run_id
+    if cfg.run_id and cfg.resume and not folder.is_dir():
+        raise UserError(f"RESUME=1 but there is no {folder}; mend RUN_ID, or leave RESUME away to start anew")
+    trained = (folder / "checkpoint.pt").exists() or read_facts(folder / "result.json").get("steps")
+    if cfg.run_id and trained and not cfg.resume:
+        raise UserError(f"{folder} holds a run: set another RUN_ID, go on with it by RESUME=1, or delete it")
     if cfg.run_id:
         return cfg.run_id
     if not cfg.resume:
-        return f"{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    found = glob.glob(str(Path(cfg.runs_dir) / f"{cfg.preset}-*" / "checkpoint.pt"))
-    found = [path for path in found if not Path(path).with_name("DONE").exists()]
+        return f"{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+    found = [Path(path) for path in glob.glob(str(Path(cfg.runs_dir) / f"{cfg.preset}-*" / "checkpoint.pt"))]
+    found = [path for path in found if not path.with_name("DONE").exists()
+             and read_facts(path.with_name("result.json")).get("exit_code") != NonFiniteLoss.code]  # fmt: skip
     if not found:
         raise UserError(
             f"RESUME=1 but no unfinished {cfg.preset} run in {cfg.runs_dir} has a checkpoint; set RUN_ID or start anew"
         )
-    return Path(max(found, key=os.path.getmtime)).parent.name
+    return max(found, key=os.path.getmtime).parent.name
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -7021,7 +7115,7 @@ def log_header(run: Run, trainer: Trainer, val: ValStream) -> None:
     stream = trainer.stream
     run.log(f"run: {run.folder} preset: {cfg.preset} device: {run.device} ranks: {run.world_size}")
     run.log(f"train_shards: {len(stream.shards)} train_tokens: {stream.tokens} windows: {stream.total}")
-    run.log(f"val_tokens: {val.targets} val_bytes: {int(val.nbytes.sum())}")
+    run.log(f"val_tokens: {val.targets} val_bytes: {int(val.nbytes.sum())} counted by: {val.counted_by}")
     run.log(f"model_params:{sum(p.numel() for p in trainer.model.parameters())}")
     backend = trainer.model.blocks[0].attn.backend
     sequences = cfg.train_batch_tokens // cfg.train_seq_len
@@ -7267,13 +7361,15 @@ def train_command(cfg: Config, launch: Launch, warnings: list[str]) -> None:
     run = Run(cfg, launch)
     run.lap("imports")
     run.cfg = cfg = dataclasses.replace(cfg, run_id=run.share(choose_run_id(cfg)))
-    script, code = setup_folder(run)
     for line in warnings:
         run.log(f"warning: {line}")
     prepare_demo(cfg, run)
     val = load_validation(cfg, load_tokenizer(cfg))
     run.lap("data")
     trainer = Trainer(run)
+    if cfg.resume:
+        trainer.resume(Path(cfg.runs_dir) / cfg.run_id)
+    script, code = setup_folder(run)  # nothing is touched before: a command that is refused costs no run its files
     run.lap("model")
     result: dict[str, Any] = dict(
         run_id=cfg.run_id, preset=cfg.preset, seed=cfg.seed, world_size=run.world_size, torch_version=torch.__version__,
@@ -7292,7 +7388,8 @@ def train_command(cfg: Config, launch: Launch, warnings: list[str]) -> None:
         result["status"] = (
             "interrupted" if isinstance(error, SystemExit) else f"failed: {error or type(error).__name__}"
         )
-        result |= dict(steps=trainer.step, train_seconds=trainer.seconds)
+        exit_code = getattr(error, "code", 1)
+        result |= dict(steps=trainer.step, train_seconds=trainer.seconds, exit_code=exit_code)
         raise
     finally:
         if run.main:
@@ -7303,13 +7400,9 @@ def train_command(cfg: Config, launch: Launch, warnings: list[str]) -> None:
 
 
 def start(run: Run, trainer: Trainer, code: int, result: dict[str, Any]) -> None:
-    """Everything before the first step: preflight, the checkpoint, compiling."""
+    """Everything before the first step: preflight and compiling."""
     preflight(run, trainer, code)
     run.lap("preflight")
-    if run.cfg.resume and run.share((run.folder / "checkpoint.pt").exists()):
-        trainer.resume()
-    elif run.cfg.resume:
-        run.log(f"resume: {run.folder} has no checkpoint yet, starting at step 0")
     trainer.warm_up()
     result["matmul_flops"] = peak_matmul_flops(run.device)
     run.barrier()
@@ -7394,9 +7487,14 @@ def eval_command(path: Path, env: Mapping[str, str], launch: Launch) -> None:
     own = {field.name for field in dataclasses.fields(Config) if field.metadata["group"] == "model"}
     cfg, _ = read_config({name: text for name, text in env.items() if name.lower() not in own}, base=artifact.config)
     run = Run(cfg, launch)
-    run.open(run.share(evidence_folder(path)))
+    for name in sorted(own & {name.lower() for name in env}):
+        if parse_knob(name.upper(), knobs()[name.upper()], env[name.upper()]) != artifact.config.get(name):
+            run.log(
+                f"warning: {name.upper()} is the artifact's, {artifact.config.get(name)!r}; the variable is ignored"
+            )
     val = load_validation(cfg, load_tokenizer(cfg))
     check_shapes(cfg, artifact, path)
+    run.open(run.share(evidence_folder(path)))
     model = build_model(cfg, run)
     model.load_state_dict(artifact.state())
     stages: dict[str, Any] = {}
@@ -7454,21 +7552,23 @@ def run_plan(cfg: Config, gpus: int) -> list[PlanRow]:
     before = min(1.0, switch) if cfg.loops else 1.0
     steps = before / step[False] + (1 - before) / step[True]
     steps = min(cfg.iterations, steps * clock) if cfg.max_wallclock_seconds else cfg.iterations
+    mean = before * step[False] + (1 - before) * step[True]
     forward = gpus * H100["eval_mfu"] * H100["matmul"] / flops_per_token(cfg, before < 1, scoring=True)
     sliding = OFFICIAL_TARGETS * cfg.eval_seq_len / cfg.eval_stride / forward
     micro = min(98304, cfg.train_batch_tokens // gpus)
     return [
         PlanRow("steps", f"{steps:.0f} of {cfg.train_batch_tokens} tokens, "
                 f"{steps * cfg.train_batch_tokens / 1e9:.2f} G in all", "predicted"),
-        PlanRow("ms a step, loop off / on", f"{1e3 * step[False]:.0f} / {1e3 * step[True]:.0f}", "predicted"),
-        PlanRow("tokens/s, loop off / on", f"{rate[False] / 1e6:.2f} M / {rate[True] / 1e6:.2f} M", "predicted"),
+        PlanRow("ms a step, loop off / on", f"{1e3 * step[False]:.3g} / {1e3 * step[True]:.3g}", "predicted"),
+        PlanRow("tokens/s, loop off / on", f"{rate[False] / 1e6:.3g} M / {rate[True] / 1e6:.3g} M", "predicted"),
         PlanRow("sent by a GPU in a step", f"{sent / 1e6:.0f} MB, {1e3 * talk:.1f} ms", "predicted"),
         PlanRow("activations of a micro-batch", f"{micro * token_bytes(cfg) / 2**30:.0f} GiB ({micro} tokens)",
                 "predicted"),
-        PlanRow("start-up, outside the clock", f"{H100['startup']:.0f} s", "measured"),
-        PlanRow("train, then calibrate", f"{clock:.0f} s, {(H100['hessians'] + H100['gradients']) / gpus:.0f} s of the "
-                f"{cfg.gptq_reserve_seconds:g} s reserved", "predicted"),
-        PlanRow("quantize and pack", f"{H100['pack']:.0f} s", "measured"),
+        PlanRow("start-up, outside the clock", f"{H100['startup']:.0f} s", "measured, record"),
+        PlanRow("train, then calibrate", f"{clock if cfg.max_wallclock_seconds else steps * mean:.0f} s, "
+                f"{(H100['hessians'] + H100['gradients']) / gpus:.0f} s"
+                + f" of the {cfg.gptq_reserve_seconds:g} s reserved" * bool(cfg.max_wallclock_seconds), "predicted"),
+        PlanRow("quantize and pack", f"{H100['pack']:.0f} s", "measured, record"),
         PlanRow(f"sliding windows, stride {cfg.eval_stride}", f"{sliding:.0f} s for {OFFICIAL_TARGETS / 1e6:.1f} M "
                 f"targets, of {cfg.eval_budget_seconds:g} s", "predicted"),
     ]  # fmt: skip
@@ -7479,8 +7579,35 @@ def usual_bits(stored: TensorRow) -> float:
     return {"half": 16, "factor": 3.4, "int": 4.7 if stored.bits == "embed_bits" else 3.4}[stored.codec]
 
 
-def describe_command(cfg: Config) -> None:
+def describe_parameters(cfg: Config) -> None:
+    """Numbers by owner, codec and usual bytes, and what the budget leaves for each."""
+    model, script = meta_model(cfg), len(packed_script(script_source()))
+    rows: dict[tuple, int] = {}
+    for name, param in model.named_parameters():
+        key = (owner(name, PARAM_TABLE), owner(name, TENSOR_PLAN))
+        rows[key] = rows.get(key, 0) + param.numel()
+    header = f"\n{'parameters':>12}  {'optimizer':<10}{'lr':<15}{'codec':<8}"
+    print(f"{header}usual bytes (3.4 bits of a matrix's number, 4.7 of a table's)")
+    for (optimizer, stored), count in rows.items():
+        size = f"{count * usual_bits(stored) / 8:.0f}"
+        print(f"{count:>12}  {optimizer.kind:<10}{optimizer.lr.split('|')[0]:<15}{stored.codec:<8}{size}")
+    total = sum(rows.values())
+    effective = effective_weights(model, {name: param.numel() for name, param in model.named_parameters()})
+    print(f"{total:>12}  stored in all, {effective} effective (seeded maps count as their matrices)")
+    print(f"{script:>12}  bytes of packed script")
+    usual = script + sum(count * usual_bits(stored) / 8 for (_, stored), count in rows.items())
+    print(f"{usual:>12.0f}  usual bytes, script included")
+    if cfg.size_target:
+        plain = sum(count for (_, stored), count in rows.items() if stored.codec == "half")
+        bits = 8 * (cfg.size_target - script - 2 * plain) / (total - plain)
+        verdict = "; below 1.5 a model loses much" if bits < 1.5 else ""
+        print(f"{bits:>12.2f}  bits a number that SIZE_TARGET={cfg.size_target} leaves{verdict}")
+
+
+def describe_command(cfg: Config, warnings: list[str]) -> None:
     """The plan of a run: settings, schedule, parameters by owner, bytes, FLOPs. Needs no data and no GPU."""
+    for line in warnings:
+        print(f"warning: {line}", file=sys.stderr)
     print(f"preset {cfg.preset}: {PRESETS[cfg.preset].text}\n")
     for name, field in knobs().items():
         value = getattr(cfg, field.name)
@@ -7491,21 +7618,8 @@ def describe_command(cfg: Config) -> None:
         print(f"\nloop {'on' if looping else 'off'}: {len(encoder) + len(decoder)} visits {encoder} {decoder}")
         skips = ", ".join(f"{v.skip_from}->{v.place}" for v in schedule(cfg, looping) if v.skip_from is not None)
         print(f"  skips {skips or 'none'}; {flops_per_token(cfg, looping) / 1e6:.0f} MFLOP a training token")
-    model = meta_model(cfg)
-    rows: dict[tuple, int] = {}
-    for name, param in model.named_parameters():
-        key = (owner(name, PARAM_TABLE), owner(name, TENSOR_PLAN))
-        rows[key] = rows.get(key, 0) + param.numel()
-    print(
-        f"\n{'parameters':>12}  {'optimizer':<8}{'lr':<14}{'codec':<8}bytes at 3.4 bits a matrix weight (embedding 4.7)"
-    )
-    for (optimizer, stored), count in rows.items():
-        size = f"{count * usual_bits(stored) / 8:.0f}"
-        print(f"{count:>12}  {optimizer.kind:<8}{optimizer.lr.split('|')[0]:<14}{stored.codec:<8}{size}")
-    effective = effective_weights(model, {name: param.numel() for name, param in model.named_parameters()})
-    print(f"{sum(rows.values()):>12}  stored in all, {effective} effective (seeded maps count as their matrices)")
-    print(f"{len(packed_script(script_source())):>12}  bytes of packed script")
-    print("\nplan for 8 H100 GPUs:")
+    describe_parameters(cfg)
+    print("\nplan for 8 H100 GPUs and the challenge's text:")
     for row in run_plan(cfg, gpus=8):
         print(f"  {row.name:<30}{row.value:<52}{row.source}")
 
@@ -7774,7 +7888,7 @@ def audit_command(target: Path, env: Mapping[str, str]) -> None:
 def command(arguments: list[str], env: Mapping[str, str]) -> None:
     """Dispatch: train (default), eval ARTIFACT, audit RUN, describe, pack [TARGET], --help."""
     name, rest = (arguments[0], arguments[1:]) if arguments else ("train", [])
-    if name in ("-h", "--help", "help"):
+    if {name, *rest} & {"-h", "--help"} or name == "help":
         print(help_text())
     elif name == "eval" and len(rest) == 1:
         eval_command(Path(rest[0]), env, read_launch(env))
@@ -7783,13 +7897,13 @@ def command(arguments: list[str], env: Mapping[str, str]) -> None:
     elif name == "audit" and len(rest) == 1:
         audit_command(Path(rest[0]), env)
     elif name == "describe" and not rest:
-        describe_command(read_config(env)[0])
+        describe_command(*read_config(env))
     elif name == "train" and not rest:
         cfg, warnings = read_config(env)
         train_command(cfg, read_launch(env), warnings)
     else:
         raise UserError(
-            f"unknown command {' '.join(arguments)}; use train, eval ARTIFACT, audit RUN, describe, pack [FILE], --help"
+            f"no command {' '.join(arguments)!r}; use train, eval ARTIFACT, audit RUN, describe, pack [FILE], --help"
         )
 
 

@@ -123,6 +123,31 @@ def test_a_stranger_of_a_known_family_warns():
     assert "TTT_WARP_SPEED_FACTOR" in refused({**env, "STRICT_ENV": "1"})
 
 
+@pytest.mark.parametrize("name", ["preset", "Matrix_LR"])
+def test_a_knob_in_other_letters_is_refused(name):
+    """What would be a knob in capitals is no knob: it would change nothing."""
+    assert name.upper() in refused({name: "1"})
+    assert tg.read_config({name: "1", "ALLOW_ENV": name}) == (tg.read_config({})[0], [])
+
+
+def test_what_other_scripts_call_a_knob_warns():
+    """LEARNING_RATE and the like are told by our name."""
+    _, warnings = tg.read_config({"LEARNING_RATE": "1", "MAX_STEPS": "9"})
+    assert [line.split()[-2] for line in warnings] == ["MATRIX_LR", "ITERATIONS"]
+    assert set(tg.USUAL_NAMES.values()) <= set(tg.knobs()) and not set(tg.USUAL_NAMES) & set(tg.knobs())
+
+
+def test_knobs_that_sleep_are_told():
+    """A variable whose mechanism is off warns, unless it is the default; with the mechanism on it does not."""
+    for starts, _, wanted in tg.IDLE:
+        for start in starts:
+            assert any(name.startswith(start) for name in tg.knobs()), start
+        assert wanted
+    _, warnings = tg.read_config({"LORA_RANK_ATTN": "8", "MOD_LAYERS": "loop", "NUM_LOOPS": "0", "DEQ_TOL": "0.001"})
+    assert [line.split("=")[0] for line in warnings] == ["LORA_RANK_ATTN", "MOD_LAYERS"]
+    assert not tg.read_config({"LORA_RANK_ATTN": "8", "SEED_MAPS": "attn", "MOD_LAYERS": "1@0.5"})[1]
+
+
 def test_other_peoples_variables_are_left_alone():
     """What shells, launchers and libraries set is neither an error nor a warning."""
     env = {
@@ -191,6 +216,8 @@ CONTRADICTIONS = {
     "recur_many": ({"RECUR_LAYERS": "4," * 300}, "RECUR_LAYERS"),
     "linear_layers": ({"LINEAR_LAYERS": "x"}, "NUM_LAYERS"),
     "experts": ({"USE_EIGENSPACE_ROUTING": "1", "NUM_EXPERTS": "7"}, "NUM_EXPERTS"),
+    "elsewhere": ({"RUN_ID": "../evil"}, "RUN_ID"),
+    "parent": ({"RUN_ID": ".."}, "RUN_ID"),
     "batch": ({"TRAIN_BATCH_TOKENS": "3000"}, "TRAIN_SEQ_LEN"),
     "stride": ({"EVAL_STRIDE": "4096"}, "EVAL_STRIDE"),
     "chunk": ({"TTT_ENABLED": "1", "TTT_CHUNK_TOKENS": "3000"}, "TTT_CHUNK_TOKENS"),

@@ -668,7 +668,7 @@ def test_8_resuming_is_exact(variant, corpus, tmp_path):
     half.save()
     second = trainer_of(cfg, tmp_path)
     assert not same(second.state_dict()["model"], half.state_dict()["model"])
-    second.resume()
+    second.resume(tmp_path)
     assert first + run_steps(second, steps // 2, steps) == losses
     assert same(second.state_dict(), whole.state_dict())
 
@@ -680,7 +680,7 @@ def test_8_a_finished_run_resumes_with_its_recurrence_on(corpus, tmp_path):
     val = tg.load_validation(cfg, tg.load_tokenizer(cfg))
     assert first.train(0.0, val)["looping"]
     again = trainer_of(cfg, tmp_path)
-    again.resume()
+    again.resume(tmp_path)
     assert again.train(0.0, val)["looping"] and again.step == 4
 
 
@@ -691,7 +691,7 @@ def test_8_resuming_with_another_order_of_data_is_refused(change, corpus, tmp_pa
     assert len(first.stream.shards) > 1
     first.save()
     with pytest.raises(tg.UserError, match="RESUME=1"):
-        trainer_of(tiny("record", **corpus.knobs(), **change), tmp_path).resume()
+        trainer_of(tiny("record", **corpus.knobs(), **change), tmp_path).resume(tmp_path)
 
 
 def test_10_out_of_memory_halves_the_micro_batch(corpus, monkeypatch):
@@ -721,7 +721,7 @@ def test_8_resuming_with_other_knobs_is_refused(corpus, tmp_path):
     for change in (dict(matrix_lr=0.5), dict(mlp_slope=0.25)):
         other = trainer_of(tiny("record", **corpus.knobs(), **change), tmp_path)
         with pytest.raises(tg.UserError, match=next(iter(change)).upper()):
-            other.resume()
+            other.resume(tmp_path)
 
 
 def test_8_micro_batches_do_not_change_the_step(corpus):

@@ -159,7 +159,7 @@ def test_matrices_that_wait_do_not_decay(corpus, tmp_path):
     assert moved and not [name for name in moved if name.startswith("carries.")]
     trainer.save()
     again = trainer_of(cfg, tmp_path)
-    again.resume()
+    again.resume(tmp_path)
     for step, one in itertools.product(range(4, 8), (trainer, again)):
         one.train_step(trainer.stream.batch(4 * step, 4), step / 8)
     assert all(map(torch.equal, trainer.model.parameters(), again.model.parameters()))
@@ -313,7 +313,7 @@ def test_td_learns_what_is_to_come():
     """Trained by its own loss alone, V predicts a stream's constant change: change / (1 - 0.9)."""
     cfg = config(use_td_recurrence=True, train_batch_tokens=128)
     carry = fresh(cfg).carries["td"]
-    carry.weight = 1.0
+    carry.per_token = 1 / tg.TD_WEIGHT
     x, change = torch.randn(1, 16, 64), 0.01 * torch.ones(1, 16, 64)
     adam = torch.optim.Adam(carry.parameters(), lr=0.01)
     for _ in range(400):
@@ -329,6 +329,7 @@ def test_td_learns_what_is_to_come():
 def test_a_growing_stream_is_no_larger_loss_to_td():
     """Its loss is relative to the stream: of one ten times as large its gradient is a tenth."""
     carry = fresh(config(use_td_recurrence=True)).carries["td"]
+    carry.per_token = 1.0
     x, change, pulls = torch.randn(1, 16, 64), torch.randn(1, 16, 64), []
     for scale in (1.0, 10.0):
         out, _ = carry(scale * (x + change), {"start": scale * x, "change": scale * change}, torch.tensor([0]), None)
@@ -394,6 +395,7 @@ def test_the_gate_learns_from_loss_and_cost():
     for penalty, sign in ((0.0, None), (1e3, 1.0)):
         cfg = config(use_adaptive_depth=True, exit_penalty=penalty)
         model, ids = tiny_model(cfg), random_ids(cfg, 2, LENGTH)
+        model.carries["exit"].per_token = 1.0
         model(ids, ids, True).sum().backward()
         gate, bias = (param.grad for param in model.carries["exit"].parameters())
         assert gate.any(1).all() and bias.any(1).all()

@@ -230,8 +230,9 @@ def test_the_router_learns(rule, corpus):
 
 def test_the_balance_loss_finds_the_capacity():
     """Descent on it brings a sequence's mean sigmoid to the capacity."""
-    cfg = routed(num_loops=0, train_batch_tokens=4096, mod_balance_loss=1.0)
+    cfg = routed(num_loops=0, mod_balance_loss=1.0)
     block, x = tiny_model(cfg).blocks[1], noise(8, 512, 64)
+    block.per_token = 1 / 4096
     router = torch.randn(64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     bias = torch.ones(8, 512, 1)
     x = torch.cat([x[..., :-1], bias], -1)  # a coordinate by which all scores can move
@@ -245,8 +246,9 @@ def test_the_balance_loss_finds_the_capacity():
 
 def test_the_threshold_finds_the_capacity():
     """Descent on the threshold's loss ends where the capacity's share of scores is above it."""
-    cfg = routed(mod_rule="threshold", num_loops=0, train_batch_tokens=4096)
+    cfg = routed(mod_rule="threshold", num_loops=0)
     block, x = tiny_model(cfg).blocks[1], noise(8, 512, 64)
+    block.per_token = 1 / 4096
     for capacity in (0.25, 0.75):
         threshold = torch.zeros((), requires_grad=True)
         for _ in range(150):

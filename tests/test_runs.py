@@ -1,6 +1,7 @@
 """Whole runs as real processes: stages and files, kills and resumes, exit codes, several ranks, the packed script."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -236,6 +237,35 @@ def test_nan_loss(ended, place):
         assert all(torch.isfinite(tensor).all() for tensor in state.values())
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_refused_command_touches_no_run(ended, place):
+    """A RUN_ID in use is refused, and one to go on with by other settings or that does not exist. Nothing changes."""
+    before = files_of(place.folder / "whole")
+    again = dict(run_id="whole"), dict(run_id="whole", resume=True, matrix_lr=0.5), dict(run_id="whale", resume=True)
+    for values, words in zip(again, ("whole holds a run", "MATRIX_LR was", "there is no .*whale"), strict=True):
+        refused = place.run(**values)
+        assert refused.code == 2 and re.search(words, refused.err), refused.err
+    assert files_of(place.folder / "whole") == before and not (place.folder / "whale").exists()
+
+
+def test_which_run_goes_on(tmp_path):
+    """RESUME=1 alone takes the newest unfinished run of the preset, but none that diverged; new names never meet."""
+    cfg = tg.read_config({"PRESET": "demo", "RUNS_DIR": str(tmp_path), "RESUME": "1"})[0]
+    for age, (name, code) in enumerate({"demo-1": 130, "demo-2": None, "demo-3": 3, "demo-4": 0}.items()):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "checkpoint.pt").touch()
+        os.utime(folder / "checkpoint.pt", (age, age))
+        (folder / "result.json").write_text(json.dumps({"exit_code": code}))
+    (tmp_path / "demo-4" / "DONE").touch()
+    assert tg.choose_run_id(cfg) == "demo-2"
+    fresh = tg.read_config({"PRESET": "demo"})[0]
+    assert len({tg.choose_run_id(fresh) for _ in range(5)}) == 5
+
+
 # ---- several ranks --------------------------------------------------------------------------------------------------
 
 
@@ -338,6 +368,13 @@ def with_other_tokenizer(place: Place) -> dict:
     return layout_env(root)
 
 
+def with_altered_validation(place: Place) -> dict:
+    root = layout(place, "altered")
+    files = {"datasets/tiny/fineweb_val_000000.bin": {"sha256": "0" * 64}}
+    (root / "manifest.json").write_text(json.dumps({"datasets": [{"name": "tiny", "files": files}]}))
+    return layout_env(root)
+
+
 def with_damaged_manifest(place: Place) -> dict:
     root = layout(place, "manifest")
     (root / "manifest.json").write_text('{"datasets": [')
@@ -370,6 +407,7 @@ EARLY = {
     "no_data": (lambda place: {"data_path": str(place.folder / "nothing")}, 2, "no fineweb_"),
     "over_budget": (lambda place: {"size_limit": 60_000}, 4, "SIZE_LIMIT=60000"),
     "no_checkpoint": (lambda place: {"resume": True, "run_id": ""}, 2, "RESUME=1"),
+    "altered_validation": (with_altered_validation, 2, "fineweb_val_000000.bin is not the file that"),
     "damaged_checkpoint": (with_damaged_checkpoint, 2, "checkpoint.pt is damaged"),
     "braces": (lambda place: {"tokenizer_path": "/no{where}.model"}, 2, "TOKENIZER_PATH|no{where}"),
 }

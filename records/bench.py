@@ -41,6 +41,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import functools
 import json
 import math
@@ -104,13 +105,21 @@ def random_shard(folder: Path, tokens: int, vocab: int) -> Path:
     return folder
 
 
+def settings(words: list[str], where: str) -> dict[str, str]:
+    """NAME=VALUE words as variables of a run; UserError where one is no knob: it would be measured as no effect."""
+    env = report.assignments(words, where)
+    if strangers := sorted(set(env) - set(tg.knobs())):
+        near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(strangers[0], tg.knobs(), n=1))
+        raise tg.UserError(f"{where}: {strangers[0]} is no knob{near}")
+    for line in tg.read_config(env)[1]:
+        print(f"warning: {where}: {line}", file=sys.stderr)
+    return env
+
+
 @contextlib.contextmanager
 def subject(text: str, shared: list[str]) -> Iterator[Subject]:
     """Build and compile a configuration; UserError where a run would refuse it."""
-    begin, env = time.perf_counter(), report.assignments(shared + shlex.split(text), text)
-    cfg, warnings = tg.read_config(env)
-    for line in warnings:
-        print(f"warning: {text}: {line}", file=sys.stderr)
+    begin, cfg = time.perf_counter(), tg.read_config(settings(shared + shlex.split(text), text))[0]
     with tempfile.TemporaryDirectory() as folder:
         tokens = cfg.train_batch_tokens + 2 * cfg.train_seq_len + 2
         random_shard(Path(folder), tokens, cfg.vocab_size)
@@ -248,14 +257,19 @@ def bases(args: argparse.Namespace) -> None:
 
 def changes(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     """Name -> variables: the base, the rows of the groups that have its preset, the changes given."""
-    base = report.assignments([*args.set, *shlex.split(args.base)], "the base")
-    found = {"base": base}
-    for row in report.read_table(report.ROOT / "gauntlet.txt").rows.values():
+    base = settings([*args.set, *shlex.split(args.base)], "the base")
+    found, table = {"base": base}, report.read_table(report.ROOT / "gauntlet.txt")
+    if unknown := set(args.group) - {row.group for row in table.rows.values()}:
+        raise tg.UserError(f"gauntlet.txt has no group {unknown.pop()}; ./gauntlet.sh list tells them")
+    for row in table.rows.values():
         if row.group in args.group and row.env.get("PRESET") == base.get("PRESET") and base | row.env != base:
             found[row.name] = base | row.env
     for text in args.changes:
         name, colon, words = text.partition(":")
-        found[name.strip()] = base | report.assignments(shlex.split(words if colon else text), f"the change {text!r}")
+        if name.strip() in found:
+            raise tg.UserError(f"two changes are called {name.strip()!r}; give each a name of its own")
+        changed = [f"{name}={value}" for name, value in base.items()] + shlex.split(words if colon else text)
+        found[name.strip()] = settings(changed, f"the change {text!r}")
     return found
 
 
@@ -390,8 +404,18 @@ def plot_files(rows: list[dict[str, Any]], path: Path) -> None:
 SHOWN = dict(bpb=".5f", nats=".5f", ms=".1f", built_seconds=".1f")
 
 
+def share(text: str) -> tuple[int, int]:
+    """I/N as two numbers, for --part."""
+    part, _, parts = text.partition("/")
+    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no I/N with 1 <= I <= N")
+    return int(part), int(parts)
+
+
 def effects(args: argparse.Namespace) -> None:
-    part, parts = map(int, args.part.split("/"))
+    part, parts = args.part
+    for path in filter(None, (args.out, args.plot)):
+        path.parent.mkdir(parents=True, exist_ok=True)
     lines = args.out.read_text().splitlines() if args.out and args.out.exists() else []
 
     def place(name: str, seed: int) -> Path | None:
@@ -454,7 +478,9 @@ METHODS = {
 
 def taxes(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, float, float, float]]:
     """(method at a size, tax in bpb, tax in nats, predicted nats) for one run."""
-    result = json.loads((folder / "result.json").read_text())
+    result = tg.read_facts(folder / "result.json")
+    if "looping" not in result or not (folder / "model.pt").exists():
+        raise tg.UserError(f"{folder} is no finished run: it needs the result.json and model.pt that one leaves")
     names = {field.name for field in dataclasses.fields(tg.Config)}
     base = {name: value for name, value in result["config"].items() if name in names}
     cfg, _ = tg.read_config({}, base=base | dict(OWN, val_tokens_limit=args.val_tokens))
@@ -502,7 +528,9 @@ def main() -> int:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     verb = verbs.add_parser("speed", help="training steps of several configurations, side by side")
     verb.add_argument("configs", nargs="+", metavar="'NAME=VALUE ...'")
-    verb.add_argument("--steps", type=int, default=6, help="steps of each that are timed")
+    verb.add_argument(
+        "--steps", type=report.number_over_zero, default=6, metavar="N", help="steps of each that are timed"
+    )
     verb.add_argument("--kernels", type=int, default=0, metavar="N", help="also list the N slowest kernels of a step")
     verb.add_argument("--json", type=Path, help="write the rows there too")
     verb.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a variable of all of them")
@@ -523,7 +551,7 @@ def main() -> int:
     verb.add_argument("--probe", action="store_true", help="keep what mechanisms tell of themselves, in --out's lines")
     verb.add_argument("--plot", type=Path, metavar="PNG", help="draw the files' scores against their bytes")
     verb.add_argument("--keep", type=Path, metavar="DIR", help="leave the weights there, a folder for each run")
-    verb.add_argument("--part", default="1/1", metavar="I/N", help="every N-th change from the I-th on")
+    verb.add_argument("--part", default=(1, 1), type=share, metavar="I/N", help="every N-th change from the I-th on")
     verb.set_defaults(work=effects)
     verb = verbs.add_parser("export", help="the quantization tax of finished runs at equal bytes")
     verb.add_argument("folders", type=Path, nargs="+")
@@ -535,7 +563,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         args.work(args)
-    except (tg.UserError, report.ReportError) as error:
+    except (tg.UserError, report.ReportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "code", 2)
     return 0

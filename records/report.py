@@ -553,8 +553,9 @@ def row_env(table: Table, row: Experiment, args: argparse.Namespace) -> dict[str
     """Settings of a row: its budget, its own overrides, then the command line's."""
     budget = table.groups[row.group].budget if row.group in table.groups else next(iter(table.budgets), "own")
     name = budget if budget == "own" else args.budget or budget
-    if name != "own" and name not in table.budgets:
-        raise ReportError(f"budget {name!r} is none of {', '.join(table.budgets)}")
+    for asked in filter(None, (name, args.budget)):
+        if asked != "own" and asked not in table.budgets:
+            raise ReportError(f"budget {asked!r} is none of {', '.join(table.budgets)}")
     env = {} if name == "own" else dict(table.budgets[name])
     env |= row.env
     if args.steps:
@@ -1803,10 +1804,9 @@ def command_judge(args: argparse.Namespace) -> int:
 
 
 def number_over_zero(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
 
 
 def add_plan_options(parser: argparse.ArgumentParser, table: Table, here: Path) -> None:
@@ -1905,6 +1905,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ReportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 if __name__ == "__main__":

@@ -60,6 +60,23 @@ def test_what_a_run_refuses_is_refused(monkeypatch, capsys):
     assert "did you mean ITERATIONS" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("speed", "PRESET=demo FOO=3"), "FOO is no knob"),
+        (("effects", "PRESET=demo", "x: SMEER_GATES=1"), "did you mean SMEAR_GATE"),
+        (("effects", "PRESET=demo", "--group", "nope"), "no group nope"),
+        (("effects", "PRESET=demo", "x: SEED=1", "x: SEED=2"), "two changes are called 'x'"),
+        (("export", "/nowhere"), "/nowhere is no finished run"),
+    ],
+)
+def test_what_measures_nothing_is_refused(arguments, words, monkeypatch, capsys):
+    """A misspelt knob or group, a name twice, a folder without a run: one line, before anything is built."""
+    assert bench_main(monkeypatch, *arguments) == 2
+    told = capsys.readouterr()
+    assert words in told.err and not told.out
+
+
 @pytest.mark.parametrize("order", [32, 64])
 def test_small_hadamards_are_the_transform(order, monkeypatch, capsys):
     """Both fast ways give R x, and the table has a row for each order."""

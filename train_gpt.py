@@ -67,6 +67,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+try:  # locks a run's folder
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None
+
 try:  # comes with torch's CUDA builds; without it the plain operations run
     import triton
     import triton.language as tl
@@ -667,7 +672,7 @@ MODEL_CHECKS: tuple[tuple[Callable[[Config], bool], str], ...] = (
     *((lambda c, name=name: -1 not in listed_layers(c, getattr(c, name)),
        f"{name.upper()}={{{name}!r}} must be layers below NUM_LAYERS={{num_layers}}, with commas")
       for name in ("ve_layers", "seed_layers", "ttt_linear_layers", "linear_layers", "recur_layers")),
-    (lambda c: not seeded_maps(c) or max(c.adapter_rank, c.lora_rank_attn, c.lora_rank_mlp) <= c.model_dim,
+    (lambda c: all((c.adapter_rank or getattr(c, MAP_RANKS[name])) <= c.model_dim for name in seeded_maps(c)),
      "LORA_RANK_ATTN={lora_rank_attn}, LORA_RANK_MLP={lora_rank_mlp} and ADAPTER_RANK={adapter_rank} must not exceed "
      "MODEL_DIM={model_dim}: such adapters hold more than a dense map"),
     (lambda c: c.num_passes == 1 or not c.recur_layers,
@@ -775,6 +780,14 @@ def parse_knob(name: str, field: dataclasses.Field, text: str) -> Any:
     return check_knob(name, field, value)
 
 
+def says(name: str, text: str, value: Any) -> bool:
+    """Whether the text of a variable means the value."""
+    try:
+        return parse_knob(name, knobs()[name], text) == value
+    except UserError:
+        return False
+
+
 def check_knob(name: str, field: dataclasses.Field, value: Any) -> Any:
     """The value, if it is of the knob's type, finite, in range and one of its choices."""
     choices, lo, hi = (field.metadata[key] for key in ("choices", "lo", "hi"))
@@ -806,7 +819,7 @@ IDLE: tuple[tuple[tuple[str, ...], Callable[[Config], Any], str], ...] = (
     (("THERMO_",), lambda c: c.use_thermo_loss, "USE_THERMO_LOSS=1"),
     (("EXIT_",), lambda c: c.use_adaptive_depth, "USE_ADAPTIVE_DEPTH=1"),
     (("NUM_EXPERTS",), lambda c: c.use_eigenspace_routing, "USE_EIGENSPACE_ROUTING=1"),
-    (("USE_SELECTIVE_", "USE_TD_", "USE_GRADIENT_", "USE_CONFIDENCE_", "USE_RESONANT_", "USE_ADAPTIVE_"),
+    (("USE_SELECTIVE_", "USE_TD_", "USE_GRADIENT_", "USE_CONFIDENCE_", "USE_ADAPTIVE_"),
      lambda c: c.loops, "a recurrence (NUM_LOOPS, NUM_PASSES or RECUR_LAYERS)"),
 )  # fmt: skip
 
@@ -966,6 +979,7 @@ class Run:
         self.signal = 0
         self.laps: dict[str, float] = {}  # seconds of the parts of start-up, in order
         self.folder: Path | None = None
+        self.lock: Any = None  # the open file whose lock keeps others out of the folder
         self.early: list[tuple[str, str]] = []  # (file, line) of what was told before there was a folder
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
@@ -998,14 +1012,31 @@ class Run:
     def main(self) -> bool:
         return self.rank == 0
 
-    def open(self, folder: Path) -> None:
-        """Log into this folder from now on."""
-        self.folder = folder
+    def make(self, folder: Path) -> None:
+        """The folder, which rank 0 makes."""
         if self.main:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"cannot make the run folder {folder}: {error.strerror}; set RUNS_DIR") from error
+
+    def claim(self, folder: Path) -> None:
+        """Keep other runs out of the folder for as long as this process lives, however it ends."""
+        self.make(folder)
+        if fcntl is None or not self.main:
+            return
+        self.lock = open(folder / ".lock", "w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is at work in {folder}; wait for it, or set another RUN_ID") from None
+        except OSError as error:  # a file system without locks
+            self.log(f"warning: {folder} cannot be locked ({error.strerror}): let no other run have its RUN_ID")
+
+    def open(self, folder: Path) -> None:
+        """Log into this folder from now on."""
+        self.make(folder)
+        self.folder = folder
         for name, line in self.early:
             self._append(name, line)
         self.early.clear()
@@ -1044,6 +1075,19 @@ class Run:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def decide(self, choice: Callable[[], Any]) -> Any:
+        """What rank 0 chooses, or the UserError that it meets, on every rank."""
+        found = None
+        if self.main:
+            try:
+                found = choice()
+            except UserError as error:
+                found = error
+        found = self.share(found)
+        if isinstance(found, UserError):
+            raise found
+        return found
 
     def sum(self, tensor: Tensor) -> Tensor:
         """All-reduced in place over the ranks."""
@@ -1247,7 +1291,7 @@ def load_tokenizer(cfg: Config) -> Any:
             f"VOCAB_SIZE={cfg.vocab_size} but {paths.tokenizer} has {pieces.vocab_size()} pieces; set either"
         )
     _, known = read_manifest(paths)
-    if known and known[0].get("sha256", "") not in ("", hashlib.sha256(blob).hexdigest()):
+    if known and known[0].get("sha256") not in (None, "", hashlib.sha256(blob).hexdigest()):
         raise UserError(
             f"{paths.tokenizer} is not the tokenizer that made {paths.folder} (SHA-256 differs from the manifest)"
         )
@@ -1262,14 +1306,17 @@ def read_manifest(paths: DataPaths) -> tuple[dict[str, Any], list[dict[str, Any]
         return {}, []
     except ValueError:
         raise UserError(f"{paths.manifest} is not JSON; delete it and prepare the data again") from None
-    mine = next((row for row in manifest.get("datasets", []) if row.get("name") == paths.folder.name), {})
+    root, own = paths.manifest.parent, paths.folder.resolve()
+    rows = [row for row in manifest.get("datasets", []) if row.get("name") == own.name]
+    mine = next((row for row in rows if (root / row.get("path", f"datasets/{own.name}")).resolve() == own), {})
     used = mine.get("tokenizer_name")
     return mine, [row for row in manifest.get("tokenizers", []) if mine and row.get("name") == used][:1]
 
 
 def check_files(paths: DataPaths, files: list[str]) -> None:
     """The files are those that the manifest lists, to the byte; one that it does not list passes."""
-    listed_as = {Path(name).name: row.get("sha256") for name, row in read_manifest(paths)[0].get("files", {}).items()}
+    rows = read_manifest(paths)[0].get("files")
+    listed_as = {Path(name).name: row.get("sha256") for name, row in rows.items()} if isinstance(rows, dict) else {}
     for path in map(Path, files):
         wanted = listed_as.get(path.name)
         if wanted and hashlib.sha256(path.read_bytes()).hexdigest() != wanted:
@@ -3625,7 +3672,7 @@ def phantom_gradient(block: Equilibrium, f: Callable, search: Search, x: Tensor)
     goes on: no evaluation is spent away from it, and the penalty asks for what the solver cannot mix away. Memory of K
     visits at any depth."""
     with torch.no_grad():
-        state = search.run(f, x)
+        state = search.run(f, x.detach())
     x = state.x.detach().requires_grad_()  # as in the later steps: one graph serves all
     for _ in range(block.phantom_steps):
         image = f(x)
@@ -3643,7 +3690,7 @@ def implicit_gradient(block: Equilibrium, f: Callable, search: Search, x: Tensor
     """The implicit function theorem (Bai et al. 2019, https://arxiv.org/abs/1909.01377): the backward pass solves
     v = g + J^T v by the forward's own solver, with J at one evaluation from the solved point. Memory of one visit."""
     with torch.no_grad():
-        x = search.run(f, x).x
+        x = search.run(f, x.detach()).x
     y = f(x.requires_grad_())
     found = y.view_as(y)  # its gradient is solved for, that of the penalty on y is not
 
@@ -3696,7 +3743,7 @@ def equilibrium_map(
 
 
 AHEAD = 2.0  # a solve starts at this multiple of z. Of a sprint's model trained from 1, median residuals after 12
-# iterations from 1, 1.5, 2 and 4: 1.37, 1.30, 1.26, 1.33 x 1e-3. Trained from 2, a small model needs one of 7 fewer
+# iterations from 1, 1.5, 2 and 4: 1.37, 1.30, 1.26, 1.33 x 1e-3. Trained from 2, a small model needs 6 instead of 7
 
 
 def finer(z: Tensor) -> Tensor:
@@ -3748,7 +3795,7 @@ class Equilibrium(Universal, Penalised):
     def visit(
         self, parts: Mapping[str, Callable], x: Tensor, x0: Tensor, rope, docs: Tensor | None, *rest: Any
     ) -> Tensor:
-        """The stream x [B, T, D] is what is injected and where the solve starts; the fixed point leaves."""
+        """The stream x [B, T, D] is what is injected; the fixed point leaves."""
         z, learning = norm(self.entered(x)), torch.is_grad_enabled()
         start = AHEAD * z.float()
         count = self.solver.learning if learning else self.solver.scoring
@@ -5005,6 +5052,8 @@ class Trainer:
     def resume(self, folder: Path) -> None:
         """Continue from a run folder's checkpoint, if it has one; the knobs that shape training must be the same."""
         if not self.run.share((folder / "checkpoint.pt").exists()):
+            if steps := self.run.share(read_facts(folder / "result.json").get("steps")):
+                raise UserError(f"RESUME=1 but {folder}, after {steps} steps, has no checkpoint; set another RUN_ID")
             return self.run.log(f"resume: {folder} has no checkpoint yet, starting at step 0")
         state = load_tensors(folder / "checkpoint.pt")
         known = knobs()
@@ -7083,7 +7132,7 @@ def prepare_demo(cfg: Config, run: Run) -> None:
 
 
 def choose_run_id(cfg: Config) -> str:
-    """RUN_ID; else the newest unfinished folder of this preset when resuming; else a name that nobody has.
+    """RUN_ID; else the newest unfinished folder of this preset when resuming; else a new name.
 
     UserError where RUN_ID would overwrite a run, or names none to go on with.
     """
@@ -7148,7 +7197,7 @@ def sample_curvature(cfg: Config, state: Mapping[str, Tensor]) -> tuple[dict, di
 
 
 def preflight(run: Run, trainer: Trainer, code: int) -> None:
-    """Law 10: what is needed at the end is tried now, on the untrained model, before the first step."""
+    """Law 10: what is needed at the end is tried now, on the model as it is, before the first step."""
     cfg = run.cfg
     package = COMPRESSORS[cfg.compressor].package
     if importlib.util.find_spec(package) is None:
@@ -7162,11 +7211,10 @@ def preflight(run: Run, trainer: Trainer, code: int) -> None:
     state = trainer.model.state_dict()
     copies = 2 * (4 + len(trainer.ema.averages))  # a checkpoint, the one it replaces, and the final weights
     need = copies * sum(4 * tensor.numel() for tensor in state.values()) + (64 << 20)
-    free = shutil.disk_usage(run.folder).free
+    place = Path(cfg.runs_dir).resolve()
+    free = shutil.disk_usage(next(one for one in (place, *place.parents) if one.exists())).free
     if free < need:
-        raise UserError(
-            f"{run.folder} has {free >> 20} MiB free, the run needs {need >> 20}; free some or set RUNS_DIR"
-        )
+        raise UserError(f"{place} has {free >> 20} MiB free, the run needs {need >> 20}; free some or set RUNS_DIR")
     noise = torch.Generator(run.device).manual_seed(0)
     state = {n: t + 1e-3 * t.new_empty(t.shape).normal_(generator=noise) * (t.dim() > 1) for n, t in state.items()}
     kinds = {(owner(name, TENSOR_PLAN), tensor.shape): name for name, tensor in state.items()}  # one of each will do
@@ -7343,30 +7391,33 @@ def stage_table(stages: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, int
     return "\n".join(lines)
 
 
-def setup_folder(run: Run) -> tuple[Path, int]:
-    """Open the run folder, keep the script that runs and its packed form. Returns (packed script, its bytes)."""
-    run.open(Path(run.cfg.runs_dir) / run.cfg.run_id)
-    script = run.folder / "train_gpt_packed.py"
-    source = script_source()
-    packed = packed_script(source)
+RUN_LOGS = ("train.log", "metrics.jsonl")
+
+
+def setup_folder(run: Run, source: str, packed: bytes) -> Path:
+    """Open the run folder, keep the script that runs and its packed form, whose path is returned."""
+    folder = Path(run.cfg.runs_dir) / run.cfg.run_id
+    script = folder / "train_gpt_packed.py"
+    run.claim(folder)
     if run.main:
-        stale = ["DONE", "eval.json", "scores.npz", "audit.txt"] + ([] if run.cfg.resume else ["checkpoint.pt"])
-        for name in stale:
-            (run.folder / name).unlink(missing_ok=True)
-        atomic_write(run.folder / "train_gpt.py", source.encode())
+        for name in ("DONE", "eval.json", "scores.npz", "audit.txt") + RUN_LOGS * (not run.cfg.resume):
+            (folder / name).unlink(missing_ok=True)
+    run.open(folder)
+    if run.main:
+        atomic_write(folder / "train_gpt.py", source.encode())
         atomic_write(script, packed)
-        write_json(run.folder / "config.json", dataclasses.asdict(run.cfg))
+        write_json(folder / "config.json", dataclasses.asdict(run.cfg))
     run.barrier()
     if not script.exists():
         raise UserError(f"rank {run.rank} does not see {script}: RUNS_DIR must be a folder that all nodes share")
-    return script, len(packed)
+    return script
 
 
 def train_command(cfg: Config, launch: Launch, warnings: list[str]) -> None:
     """The whole path: data, preflight, training, export, and the evaluation of the packed file by a fresh process."""
     run = Run(cfg, launch)
     run.lap("imports")
-    run.cfg = cfg = dataclasses.replace(cfg, run_id=run.share(choose_run_id(cfg)))
+    run.cfg = cfg = dataclasses.replace(cfg, run_id=run.decide(lambda: choose_run_id(cfg)))
     for line in warnings:
         run.log(f"warning: {line}")
     prepare_demo(cfg, run)
@@ -7375,8 +7426,12 @@ def train_command(cfg: Config, launch: Launch, warnings: list[str]) -> None:
     trainer = Trainer(run)
     if cfg.resume:
         trainer.resume(Path(cfg.runs_dir) / cfg.run_id)
-    script, code = setup_folder(run)  # nothing is touched before: a command that is refused costs no run its files
     run.lap("model")
+    source = script_source()
+    packed = packed_script(source)
+    preflight(run, trainer, len(packed))
+    script = setup_folder(run, source, packed)  # nothing is touched before: what is refused costs no run its files
+    run.lap("preflight")
     result: dict[str, Any] = dict(
         run_id=cfg.run_id, preset=cfg.preset, seed=cfg.seed, world_size=run.world_size, torch_version=torch.__version__,
         device=torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu", git_sha=git_sha(),
@@ -7384,11 +7439,11 @@ def train_command(cfg: Config, launch: Launch, warnings: list[str]) -> None:
     )  # fmt: skip
     log_header(run, trainer, val)
     try:
-        start(run, trainer, code, result)
+        start(run, trainer, result)
         looping = measured_training(run, trainer, val, result)
         rows = calibration_rows(trainer)
         state = pick_weights(run, trainer, val, rows, looping, result)
-        artifact = export(run, trainer, state, rows, looping, code, result)
+        artifact = export(run, trainer, state, rows, looping, len(packed), result)
         finish(run, trainer, script, artifact, result)
     except BaseException as error:
         result["status"] = (
@@ -7405,10 +7460,8 @@ def train_command(cfg: Config, launch: Launch, warnings: list[str]) -> None:
     run.leave()
 
 
-def start(run: Run, trainer: Trainer, code: int, result: dict[str, Any]) -> None:
-    """Everything before the first step: preflight and compiling."""
-    preflight(run, trainer, code)
-    run.lap("preflight")
+def start(run: Run, trainer: Trainer, result: dict[str, Any]) -> None:
+    """What is left before the first step: compiling."""
     trainer.warm_up()
     result["matmul_flops"] = peak_matmul_flops(run.device)
     run.barrier()
@@ -7447,8 +7500,8 @@ def finish(run: Run, trainer: Trainer, script: Path, artifact: Path, result: dic
     sizes = {"float": 4 * params} | {name: total for name in scored["stages"]}
     if surprise := unexpected_loss(result):
         run.log(f"warning: {surprise}")
-    run.log(stage_table(result["stages"], sizes))
     run.log(f"kept in {run.folder}; python train_gpt.py audit {run.folder} checks the score")
+    run.log(stage_table(result["stages"], sizes))
 
 
 def unexpected_loss(result: Mapping[str, Any]) -> str:
@@ -7494,11 +7547,9 @@ def eval_command(path: Path, env: Mapping[str, str], launch: Launch) -> None:
     own = {field.name for field in dataclasses.fields(Config) if field.metadata["group"] == "model"}
     cfg, _ = read_config({name: text for name, text in env.items() if name.lower() not in own}, base=artifact.config)
     run = Run(cfg, launch)
-    for name in sorted(own & {name.lower() for name in env}):
-        if parse_knob(name.upper(), knobs()[name.upper()], env[name.upper()]) != artifact.config.get(name):
-            run.log(
-                f"warning: {name.upper()} is the artifact's, {artifact.config.get(name)!r}; the variable is ignored"
-            )
+    for name, value in sorted(artifact.config.items()):
+        if name in own and not says(name.upper(), env.get(name.upper(), str(value)), value):
+            run.log(f"warning: {name.upper()} is {value!r}, the artifact's; the variable is ignored")
     val = load_validation(cfg, load_tokenizer(cfg))
     check_shapes(cfg, artifact, path)
     run.open(run.share(evidence_folder(path)))

@@ -108,7 +108,7 @@ def random_shard(folder: Path, tokens: int, vocab: int) -> Path:
 def settings(words: list[str], where: str) -> dict[str, str]:
     """NAME=VALUE words as variables of a run; UserError where one is no knob: it would be measured as no effect."""
     env = report.assignments(words, where)
-    if strangers := sorted(set(env) - set(tg.knobs())):
+    if strangers := sorted(set(env) - set(tg.knobs()) - {"STRICT_ENV", "ALLOW_ENV"}):
         near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(strangers[0], tg.knobs(), n=1))
         raise tg.UserError(f"{where}: {strangers[0]} is no knob{near}")
     for line in tg.read_config(env)[1]:
@@ -263,7 +263,7 @@ def changes(args: argparse.Namespace) -> dict[str, dict[str, str]]:
         raise tg.UserError(f"gauntlet.txt has no group {unknown.pop()}; ./gauntlet.sh list tells them")
     for row in table.rows.values():
         if row.group in args.group and row.env.get("PRESET") == base.get("PRESET") and base | row.env != base:
-            found[row.name] = base | row.env
+            found[row.name] = settings([f"{n}={v}" for n, v in (base | row.env).items()], f"the row {row.name}")
     for text in args.changes:
         name, colon, words = text.partition(":")
         if name.strip() in found:

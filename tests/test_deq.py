@@ -230,6 +230,30 @@ def test_what_is_unsettled_is_pushed_until_it_settles(kind):
     assert residual() < before
 
 
+def test_penalties_belong_to_trainers(corpus):
+    """Outside a trainer's hands a penalty weighs nothing, whatever the batch of the environment."""
+    cfg = tiny("deq", deq_residual_penalty=5.0, **corpus.knobs())
+    ids, grads = random_ids(cfg, 2, 32), []
+    for model in (tiny_model(cfg), tiny_model(replace(cfg, deq_residual_penalty=0.0)), trainer_of(cfg).model):
+        model.load_state_dict(tiny_model(cfg).state_dict())
+        model(ids, ids, False).sum().backward()
+        grads.append(model.blocks[0].attn.q.weight.grad)
+    assert torch.equal(grads[0], grads[1]) and not torch.allclose(grads[2], grads[0])
+
+
+def test_a_solve_starts_ahead():
+    """At twice what is injected, in training and in scoring."""
+    cfg, seen = tiny("deq"), []
+    model, ids, own = tiny_model(cfg), random_ids(cfg, 2, 32), tg.equilibrium_map
+    model.parts["equilibrium"] = lambda block, x, z, *rest: seen.append((x, z)) or own(block, x, z, *rest)
+    for learning in (False, True):
+        seen.clear()
+        with torch.set_grad_enabled(learning):
+            model.hidden(ids, False)
+        x, z = seen[0]
+        torch.testing.assert_close(x, 2 * z.float())
+
+
 def test_where_no_gradient_follows_the_map_is_finer(monkeypatch):
     """Of a model in bf16: the solve and all scoring compute in fp16, what gradients follow in bf16."""
     cfg, seen = tiny("deq"), []

@@ -8,6 +8,7 @@ import lzma
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import struct
@@ -497,8 +498,9 @@ def test_6_eval_needs_only_the_artifact(corpus, tmp_path):
     """An artifact with unusual lengths is scored in a clean environment: the training's knobs do not matter."""
     folder = tmp_path / "odd"
     packed_artifact("record", corpus, folder, train_seq_len=40, train_batch_tokens=120, eval_seq_len=40)
-    ended = eval_process(folder, corpus)
+    ended = eval_process(folder, corpus, NUM_LAYERS="many", MATRIX_LR="9")
     assert ended.code == 0, ended.err
+    assert re.findall("warning: (.*) is .*, the artifact's", ended.out) == ["NUM_LAYERS"]
 
 
 # ---- 7: transparent at start, alive after one step ------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, clean_env, finish, sandbox, script, start, tg, tiny_env
+from conftest import ROOT, SCRIPT, clean_env, finish, sandbox, script, start, tg, tiny, tiny_env, trainer_of
 
 STEPS = 20
 RESULT = {
@@ -244,11 +244,35 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_a_refused_command_touches_no_run(ended, place):
     """A RUN_ID in use is refused, and one to go on with by other settings or that does not exist. Nothing changes."""
     before = files_of(place.folder / "whole")
-    again = dict(run_id="whole"), dict(run_id="whole", resume=True, matrix_lr=0.5), dict(run_id="whale", resume=True)
-    for values, words in zip(again, ("whole holds a run", "MATRIX_LR was", "there is no .*whale"), strict=True):
+    on = dict(run_id="whole", resume=True)
+    again = {
+        "whole holds a run": dict(run_id="whole"), "MATRIX_LR was": on | dict(matrix_lr=0.5),
+        "SIZE_LIMIT=60000": on | dict(size_limit=60000), "there is no .*whale": dict(run_id="whale", resume=True),
+    }  # fmt: skip
+    for words, values in again.items():
         refused = place.run(**values)
-        assert refused.code == 2 and re.search(words, refused.err), refused.err
+        assert refused.code in (2, 4) and re.search(words, refused.err), refused.err
     assert files_of(place.folder / "whole") == before and not (place.folder / "whale").exists()
+
+
+def test_a_folder_at_work_is_refused(tmp_path):
+    """While one run lives, no other gets its folder."""
+    cfg = tg.read_config({"PRESET": "demo", "DEVICE": "cpu"})[0]
+    first, second = (tg.Run(cfg, tg.Launch(0, 1, 0)) for _ in range(2))
+    first.claim(tmp_path / "one")
+    with pytest.raises(tg.UserError, match="another run is at work"):
+        second.claim(tmp_path / "one")
+    first.lock.close()
+    second.claim(tmp_path / "one")
+
+
+def test_a_run_that_trained_and_left_no_checkpoint_is_kept(corpus, tmp_path):
+    """RESUME=1 does not start it anew over its files; one that never took a step does start."""
+    trainer = trainer_of(tiny("demo", **corpus.knobs()))
+    trainer.resume(tmp_path)
+    (tmp_path / "result.json").write_text('{"steps": 7}')
+    with pytest.raises(tg.UserError, match="after 7 steps, has no checkpoint"):
+        trainer.resume(tmp_path)
 
 
 def test_which_run_goes_on(tmp_path):

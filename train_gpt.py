@@ -675,8 +675,6 @@ MODEL_CHECKS: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda c: all((c.adapter_rank or getattr(c, MAP_RANKS[name])) <= c.model_dim for name in seeded_maps(c)),
      "LORA_RANK_ATTN={lora_rank_attn}, LORA_RANK_MLP={lora_rank_mlp} and ADAPTER_RANK={adapter_rank} must not exceed "
      "MODEL_DIM={model_dim}: such adapters hold more than a dense map"),
-    (lambda c: c.num_passes == 1 or not c.recur_layers,
-     "NUM_PASSES={num_passes} repeats all layers, RECUR_LAYERS={recur_layers!r} some; set one of them"),
     (lambda c: len(listed(c.recur_layers)) <= 256, "RECUR_LAYERS={recur_layers!r} must not name more than 256 layers"),
     (lambda c: not c.use_eigenspace_routing or int(c.model_dim * c.mlp_mult) % c.num_experts == 0,
      "MODEL_DIM x MLP_MULT must be a multiple of NUM_EXPERTS={num_experts}"),
@@ -812,6 +810,7 @@ IDLE: tuple[tuple[tuple[str, ...], Callable[[Config], Any], str], ...] = (
     (("LORA_RANK_", "ADAPTER_RANK", "SEED_LAYERS", "SEED_BASIS", "SEED_PER_VISIT"), seeded_maps, "SEED_MAPS"),
     (("MOD_",), lambda c: any(capacities(c)), "MOD_LAYERS, a MOD_CAPACITY and visits of those layers"),
     (("DEQ_",), lambda c: c.deq_layer >= 0, "DEQ_LAYER"),
+    (("RECUR_LAYERS",), lambda c: c.num_passes == 1, "NUM_PASSES=1"),
     (("BIGRAM_",), lambda c: c.bigram_vocab_size, "BIGRAM_VOCAB_SIZE"),
     (("VE_",), lambda c: c.ve_layers, "VE_LAYERS"),
     (("TTT_LINEAR_",), lambda c: c.ttt_linear_layers, "TTT_LINEAR_LAYERS"),
@@ -1290,27 +1289,26 @@ def load_tokenizer(cfg: Config) -> Any:
         raise UserError(
             f"VOCAB_SIZE={cfg.vocab_size} but {paths.tokenizer} has {pieces.vocab_size()} pieces; set either"
         )
-    _, known = read_manifest(paths)
-    if known and known[0].get("sha256") not in (None, "", hashlib.sha256(blob).hexdigest()):
+    if read_manifest(paths)[1].get("sha256") not in (None, "", hashlib.sha256(blob).hexdigest()):
         raise UserError(
             f"{paths.tokenizer} is not the tokenizer that made {paths.folder} (SHA-256 differs from the manifest)"
         )
     return pieces
 
 
-def read_manifest(paths: DataPaths) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What the manifest says of this dataset, and of its tokenizer (at most one); empty where it says nothing."""
+def read_manifest(paths: DataPaths) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the manifest says of this dataset and of its tokenizer; empty where it says nothing."""
     try:
         manifest = json.loads(paths.manifest.read_text(encoding="utf-8"))
     except OSError:
-        return {}, []
+        return {}, {}
     except ValueError:
         raise UserError(f"{paths.manifest} is not JSON; delete it and prepare the data again") from None
     root, own = paths.manifest.parent, paths.folder.resolve()
     rows = [row for row in manifest.get("datasets", []) if row.get("name") == own.name]
     mine = next((row for row in rows if (root / row.get("path", f"datasets/{own.name}")).resolve() == own), {})
-    used = mine.get("tokenizer_name")
-    return mine, [row for row in manifest.get("tokenizers", []) if mine and row.get("name") == used][:1]
+    used = [row for row in manifest.get("tokenizers", []) if mine and row.get("name") == mine.get("tokenizer_name")]
+    return mine, used[0] if used else {}
 
 
 def check_files(paths: DataPaths, files: list[str]) -> None:

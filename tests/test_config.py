@@ -215,7 +215,6 @@ CONTRADICTIONS = {
     "recur_layers": ({"RECUR_LAYERS": "4,11"}, "NUM_LAYERS"),
     "recur_many": ({"RECUR_LAYERS": "4," * 300}, "RECUR_LAYERS"),
     "wide_adapters": ({"SEED_MAPS": "mlp", "LORA_RANK_MLP": "513"}, "LORA_RANK_MLP"),
-    "two_repeats": ({"NUM_PASSES": "2", "RECUR_LAYERS": "3,4"}, "RECUR_LAYERS"),
     "linear_layers": ({"LINEAR_LAYERS": "x"}, "NUM_LAYERS"),
     "experts": ({"USE_EIGENSPACE_ROUTING": "1", "NUM_EXPERTS": "7"}, "NUM_EXPERTS"),
     "elsewhere": ({"RUN_ID": "../evil"}, "RUN_ID"),

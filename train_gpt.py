@@ -528,8 +528,8 @@ PRESETS: dict[str, Preset] = {
     ),  # fmt: skip
     "pr298": Preset(
         "PR #298: 3 blocks x 3 passes, width 768, and what it carries from pass to pass. Mended: causal, its parts do "
-        "what they are named for and start as the identity, skips join other passes, true sliding windows, a TD loss in "
-        "units of the stream (its own made sprints diverge), half the learning rate and a clip.",
+        "what they are named for and start as the identity, skips join other passes, true sliding windows, a TD loss "
+        "in units of the stream (its own made sprints diverge), half the learning rate and a clip.",
         BASELINE
         | dict(
             matrix_lr=0.02,

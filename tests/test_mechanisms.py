@@ -2,11 +2,24 @@
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import OneOf, random_ids, random_validation, replace, run_steps, single, tg, tiny, tiny_model, trainer_of
+from conftest import (
+    OneOf,
+    random_ids,
+    random_validation,
+    replace,
+    run_steps,
+    single,
+    tg,
+    tiny,
+    tiny_env,
+    tiny_model,
+    trainer_of,
+)
 
 LENGTH = 20
 LOOPED = dict(num_layers=3, loop_start=1, loop_end=1, num_loops=2, xsa_last_n=1, ve_layers="-1", enable_looping_at=0.0)
@@ -549,3 +562,42 @@ def test_presets_train_and_pack(preset, corpus):
     model.load_state_dict(artifact.state())
     score, _ = tg.score_plain(single(cfg), model, random_validation(cfg, 100), True, 600.0)
     assert math.isfinite(score.val_loss)
+
+
+# ---- knobs that sleep -----------------------------------------------------------------------------------------------
+
+AWAKE = dict(num_loops=0, ve_layers="", smear_gate=False)  # of record: with these, every row of IDLE but one is off
+SLEEPING = {name: field for name, field in tg.knobs().items()
+            if any(name.startswith(starts) for starts, *_ in tg.IDLE if starts != ("RECUR_LAYERS",))}  # fmt: skip
+
+
+def another(field) -> Any:
+    """A value of a knob that is not its default; None where only a name would do."""
+    if field.metadata["choices"]:
+        return next(value for value in field.metadata["choices"] if value != field.default)
+    if isinstance(field.default, bool):
+        return not field.default
+    if isinstance(field.default, int | float):
+        most, kind = field.metadata["hi"], type(field.default)
+        double = 2 * field.default or (16 if kind is int else 0.01)
+        return max(0, double) if most is None or double <= most else kind(field.default / 2)
+    return None
+
+
+@pytest.fixture(scope="module")
+def asleep(corpus) -> list[float]:
+    return run_steps(trainer_of(tiny("record", **AWAKE, **corpus.knobs())), 3, 3)
+
+
+@pytest.mark.parametrize("name", SLEEPING)
+def test_a_knob_told_as_idle_changes_nothing(name, asleep, corpus):
+    """Where read_config says that a variable has no effect, three steps are bit for bit those without it."""
+    value = another(SLEEPING[name])
+    if value is None:
+        pytest.skip("its other values are names")
+    env = tiny_env("record", **AWAKE, **corpus.knobs(), **{name.lower(): value})
+    cfg, warnings = tg.read_config(env)
+    if any(line.startswith(f"{name}=") for line in warnings):
+        assert run_steps(trainer_of(cfg), 3, 3) == asleep
+    else:
+        assert name in ("BIGRAM_VOCAB_SIZE", "DEQ_LAYER"), "one that wakes its mechanism"

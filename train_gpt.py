@@ -1311,11 +1311,11 @@ def read_manifest(paths: DataPaths) -> tuple[dict[str, Any], dict[str, Any]]:
     return mine, used[0] if used else {}
 
 
-def check_files(paths: DataPaths, files: list[str]) -> None:
+def check_files(paths: DataPaths, files: list[Path]) -> None:
     """The files are those that the manifest lists, to the byte; one that it does not list passes."""
     rows = read_manifest(paths)[0].get("files")
     listed_as = {Path(name).name: row.get("sha256") for name, row in rows.items()} if isinstance(rows, dict) else {}
-    for path in map(Path, files):
+    for path in files:
         wanted = listed_as.get(path.name)
         if wanted and hashlib.sha256(path.read_bytes()).hexdigest() != wanted:
             raise UserError(f"{path} is not the file that {paths.manifest} lists (SHA-256 differs); prepare it again")
@@ -1377,8 +1377,10 @@ def load_validation(cfg: Config, pieces: Any) -> ValStream:
     Bytes come from the sidecar where there is one (of the original text, whatever the tokenizer normalises), else from
     the byte table (of the text as the tokenizer sees it).
     """
-    folder = data_paths(cfg).folder
-    tokens = np.concatenate([np.asarray(read_shard(path)) for path in shard_paths(folder, "val")])
+    paths = data_paths(cfg)
+    folder = paths.folder
+    shards = shard_paths(folder, "val")
+    tokens = np.concatenate([np.asarray(read_shard(path)) for path in shards])
     sidecars = shard_paths(folder, "val_bytes")
     if len(tokens) < 2:
         raise UserError(f"the validation text in {folder} has {len(tokens)} tokens; prepare it again")
@@ -1394,7 +1396,7 @@ def load_validation(cfg: Config, pieces: Any) -> ValStream:
     else:
         counted = byte_table(pieces).count(tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64))
     check_bytes(pieces, tokens, counted, slack=0.05 if sidecars else 0.0)
-    check_files(data_paths(cfg), [*shard_paths(folder, "val"), *sidecars])
+    check_files(paths, shards + sidecars)
     limit = cfg.val_tokens_limit or len(tokens)
     tokens, counted = tokens[:limit].astype(np.int64), counted[: limit - 1].astype(np.int64)
     if not counted.sum():
@@ -4130,8 +4132,7 @@ class TDCarry(Carry):
         before, now = (self.up(self.down(norm(one))).float() for one in (start, (start + change).to(x.dtype)))
         error = change + TD_DISCOUNT * now - before
         size = dot(start, start).detach().clamp_min(1e-6)
-        loss = (((error + before).detach() - before).square() / size).sum()
-        loss = TD_WEIGHT * self.per_token * loss
+        loss = TD_WEIGHT * self.per_token * (((error + before).detach() - before).square() / size).sum()
         return AddPenalty.apply((x + at(self.carry_step, turn) * error).to(x.dtype), loss), memory
 
 
@@ -7389,16 +7390,14 @@ def stage_table(stages: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, int
     return "\n".join(lines)
 
 
-RUN_LOGS = ("train.log", "metrics.jsonl")
-
-
 def setup_folder(run: Run, source: str, packed: bytes) -> Path:
     """Open the run folder, keep the script that runs and its packed form, whose path is returned."""
     folder = Path(run.cfg.runs_dir) / run.cfg.run_id
     script = folder / "train_gpt_packed.py"
     run.claim(folder)
     if run.main:
-        for name in ("DONE", "eval.json", "scores.npz", "audit.txt") + RUN_LOGS * (not run.cfg.resume):
+        logs = () if run.cfg.resume else ("train.log", "metrics.jsonl")
+        for name in ("DONE", "eval.json", "scores.npz", "audit.txt", *logs):
             (folder / name).unlink(missing_ok=True)
     run.open(folder)
     if run.main:
@@ -7545,9 +7544,10 @@ def eval_command(path: Path, env: Mapping[str, str], launch: Launch) -> None:
     own = {field.name for field in dataclasses.fields(Config) if field.metadata["group"] == "model"}
     cfg, _ = read_config({name: text for name, text in env.items() if name.lower() not in own}, base=artifact.config)
     run = Run(cfg, launch)
-    for name, value in sorted(artifact.config.items()):
-        if name in own and not says(name.upper(), env.get(name.upper(), str(value)), value):
-            run.log(f"warning: {name.upper()} is {value!r}, the artifact's; the variable is ignored")
+    for variable in sorted(name.upper() for name in own & set(artifact.config)):
+        value = artifact.config[variable.lower()]
+        if variable in env and not says(variable, env[variable], value):
+            run.log(f"warning: {variable} is {value!r}, the artifact's; the variable is ignored")
     val = load_validation(cfg, load_tokenizer(cfg))
     check_shapes(cfg, artifact, path)
     run.open(run.share(evidence_folder(path)))

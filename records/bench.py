@@ -105,21 +105,21 @@ def random_shard(folder: Path, tokens: int, vocab: int) -> Path:
     return folder
 
 
-def settings(words: list[str], where: str) -> dict[str, str]:
-    """NAME=VALUE words as variables of a run; UserError where one is no knob: it would be measured as no effect."""
-    env = report.assignments(words, where)
+def checked(env: dict[str, str], where: str) -> tg.Config:
+    """The configuration of variables; UserError where one is no knob: it would be measured as no effect."""
     if strangers := sorted(set(env) - set(tg.knobs()) - {"STRICT_ENV", "ALLOW_ENV"}):
         near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(strangers[0], tg.knobs(), n=1))
         raise tg.UserError(f"{where}: {strangers[0]} is no knob{near}")
-    for line in tg.read_config(env)[1]:
+    cfg, warnings = tg.read_config(env)
+    for line in warnings:
         print(f"warning: {where}: {line}", file=sys.stderr)
-    return env
+    return cfg
 
 
 @contextlib.contextmanager
 def subject(text: str, shared: list[str]) -> Iterator[Subject]:
     """Build and compile a configuration; UserError where a run would refuse it."""
-    begin, cfg = time.perf_counter(), tg.read_config(settings(shared + shlex.split(text), text))[0]
+    begin, cfg = time.perf_counter(), checked(report.assignments(shared + shlex.split(text), text), text)
     with tempfile.TemporaryDirectory() as folder:
         tokens = cfg.train_batch_tokens + 2 * cfg.train_seq_len + 2
         random_shard(Path(folder), tokens, cfg.vocab_size)
@@ -257,19 +257,22 @@ def bases(args: argparse.Namespace) -> None:
 
 def changes(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     """Name -> variables: the base, the rows of the groups that have its preset, the changes given."""
-    base = settings([*args.set, *shlex.split(args.base)], "the base")
+    base = report.assignments([*args.set, *shlex.split(args.base)], "the base")
+    checked(base, "the base")
     found, table = {"base": base}, report.read_table(report.ROOT / "gauntlet.txt")
     if unknown := set(args.group) - {row.group for row in table.rows.values()}:
         raise tg.UserError(f"gauntlet.txt has no group {unknown.pop()}; ./gauntlet.sh list tells them")
     for row in table.rows.values():
         if row.group in args.group and row.env.get("PRESET") == base.get("PRESET") and base | row.env != base:
-            found[row.name] = settings([f"{n}={v}" for n, v in (base | row.env).items()], f"the row {row.name}")
+            found[row.name] = base | row.env
+            checked(found[row.name], f"the row {row.name}")
     for text in args.changes:
-        name, colon, words = text.partition(":")
-        if name.strip() in found:
-            raise tg.UserError(f"two changes are called {name.strip()!r}; give each a name of its own")
-        changed = [f"{name}={value}" for name, value in base.items()] + shlex.split(words if colon else text)
-        found[name.strip()] = settings(changed, f"the change {text!r}")
+        label, colon, words = text.partition(":")
+        name, where = label.strip(), f"the change {text!r}"
+        if name in found:
+            raise tg.UserError(f"two changes are called {name!r}; give each a name of its own")
+        found[name] = base | report.assignments(shlex.split(words if colon else text), where)
+        checked(found[name], where)
     return found
 
 

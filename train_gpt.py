@@ -3440,7 +3440,8 @@ class Effort(NamedTuple):
 
 
 def effort_of(cfg: Config, looping: bool) -> Effort:
-    """Of an equilibrium: all of it from ENABLE_LOOPING_AT on, until then one iteration and one differentiated step."""
+    """Of an equilibrium: all of it from ENABLE_LOOPING_AT on, until then one iteration and one differentiated step,
+    unpenalised: 4 units of work for 9. A small model gains 0.1 nats for equal time, loses none for equal tokens."""
     if looping:
         return Effort(cfg.deq_max_iter_train, cfg.deq_phantom_steps, cfg.deq_residual_penalty)
     return Effort(1, 1, 0.0)

@@ -7682,8 +7682,13 @@ def describe_command(cfg: Config, warnings: list[str]) -> None:
     for looping in (False, True) if cfg.deepens else (False,):
         encoder, decoder = halves(cfg, looping)
         print(f"\nloop {'on' if looping else 'off'}: {len(encoder) + len(decoder)} visits {encoder} {decoder}")
-        skips = ", ".join(f"{v.skip_from}->{v.place}" for v in schedule(cfg, looping) if v.skip_from is not None)
+        visits = schedule(cfg, looping)
+        skips = ", ".join(f"{v.skip_from}->{v.place}" for v in visits if v.skip_from is not None)
         print(f"  skips {skips or 'none'}; {flops_per_token(cfg, looping) / 1e6:.0f} MFLOP a training token")
+        for layer, (effort,) in ((v.layer, v.effort) for v in visits if v.effort):
+            more = f" + {effort.steps}" * (cfg.deq_grad == "phantom")
+            told = f"{effort.iterations}{more} evaluations in training, {cfg.deq_max_iter_eval} in scoring"
+            print(f"  layer {layer} solves by {told}")
     describe_parameters(cfg)
     print("\nplan for 8 H100 GPUs and the challenge's text:")
     for row in run_plan(cfg, gpus=8):

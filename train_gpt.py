@@ -3524,9 +3524,10 @@ def schedule(cfg: Config, looping: bool, exact: bool = False) -> tuple[Visit, ..
     for position, (layer, place) in enumerate(zip(order, places, strict=True)):
         turn, several = order[:position].count(layer), order.count(layer) > 1
         route = tuple(Route(turn if several else None, share, exact) for share in shares[layer][turn : turn + 1])
+        effort = (effort_of(cfg, looping),) * (layer == cfg.deq_layer)
         number = begins.index(position) if position in begins else -1
-        more = dict(place=place, begins=number, inside=begins[0] <= position < end, lanes=position >= opened)
-        more["effort"] = (effort_of(cfg, looping),) * (layer == cfg.deq_layer)
+        inside, lanes = begins[0] <= position < end, position >= opened
+        more = dict(place=place, begins=number, inside=inside, lanes=lanes, effort=effort)
         visits.append(Visit(layer, pairs.get(position), position in kept, turn, route, **more))
     return tuple(visits)
 
@@ -3696,13 +3697,13 @@ def phantom_gradient(block: Equilibrium, effort: Effort, f: Callable, search: Se
     take the solver's values instead leave it more to do, and cost 0.007 bpb in a sprint."""
     with torch.no_grad():
         x = search.run(f, x.detach())
-    x = x.detach().requires_grad_()  # as in the later steps: one graph serves all
+    x.requires_grad_()  # as in the later steps: one graph serves all
     for _ in range(effort.steps):
         before, image = x, f(x)
         change = image - x
         x = x + block.phantom_damping * change
-    x = unsettled(block, effort, x, change)
-    return AddPenalty.apply(x, block.slope_penalty * slope(f, before, image)) if block.slope_penalty else x
+    x, weight = unsettled(block, effort, x, change), block.per_token * block.slope_weight
+    return AddPenalty.apply(x, weight * slope(f, before, image)) if weight else x
 
 
 def implicit_gradient(block: Equilibrium, effort: Effort, f: Callable, search: Search, x: Tensor) -> Tensor:
@@ -3795,10 +3796,6 @@ class Equilibrium(Universal, Penalised):
         self.phantom_damping = cfg.deq_phantom_damping
         self.aim, self.slope_weight = cfg.deq_residual_aim, cfg.deq_slope_penalty
         self.trace: list[Tensor] | None = None  # collects the residuals of the next visits
-
-    @property
-    def slope_penalty(self) -> float:
-        return self.per_token * self.slope_weight
 
     def visit(
         self, parts: Mapping[str, Callable], x: Tensor, x0: Tensor, rope, docs: Tensor | None, ops: Ops,
@@ -7682,13 +7679,13 @@ def describe_command(cfg: Config, warnings: list[str]) -> None:
     for looping in (False, True) if cfg.deepens else (False,):
         encoder, decoder = halves(cfg, looping)
         print(f"\nloop {'on' if looping else 'off'}: {len(encoder) + len(decoder)} visits {encoder} {decoder}")
-        visits = schedule(cfg, looping)
-        skips = ", ".join(f"{v.skip_from}->{v.place}" for v in visits if v.skip_from is not None)
+        skips = ", ".join(f"{v.skip_from}->{v.place}" for v in schedule(cfg, looping) if v.skip_from is not None)
         print(f"  skips {skips or 'none'}; {flops_per_token(cfg, looping) / 1e6:.0f} MFLOP a training token")
-        for layer, (effort,) in ((v.layer, v.effort) for v in visits if v.effort):
+        if cfg.deq_layer >= 0:
+            effort = effort_of(cfg, looping)
             more = f" + {effort.steps}" * (cfg.deq_grad == "phantom")
             told = f"{effort.iterations}{more} evaluations in training, {cfg.deq_max_iter_eval} in scoring"
-            print(f"  layer {layer} solves by {told}")
+            print(f"  layer {cfg.deq_layer} solves by {told}")
     describe_parameters(cfg)
     print("\nplan for 8 H100 GPUs and the challenge's text:")
     for row in run_plan(cfg, gpus=8):

@@ -41,7 +41,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import functools
 import json
 import math
@@ -108,8 +107,8 @@ def random_shard(folder: Path, tokens: int, vocab: int) -> Path:
 def checked(env: dict[str, str], where: str) -> tg.Config:
     """The configuration of variables; UserError where one is no knob: it would be measured as no effect."""
     if strangers := sorted(set(env) - set(tg.knobs()) - {"STRICT_ENV", "ALLOW_ENV"}):
-        near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(strangers[0], tg.knobs(), n=1))
-        raise tg.UserError(f"{where}: {strangers[0]} is no knob{near}")
+        name = strangers[0]
+        raise tg.UserError(f"{where}: {name} is no knob{report.nearest_knob(name, tg.knobs())}")
     cfg, warnings = tg.read_config(env)
     for line in warnings:
         print(f"warning: {where}: {line}", file=sys.stderr)

@@ -565,15 +565,19 @@ def row_env(table: Table, row: Experiment, args: argparse.Namespace) -> dict[str
     return env | assignments(args.set, "--set")
 
 
+def nearest_knob(name: str, knobs: Iterable[str]) -> str:
+    """How a line ends that tells of a name which is no knob."""
+    near = difflib.get_close_matches(name, knobs, n=1)
+    return f"; did you mean {near[0]}?" if near else "; train_gpt.py --help lists them"
+
+
 def plan(args: argparse.Namespace, table: Table, only: list[str], skip: list[str]) -> list[Task]:
     """Every selected (row, seed) and what is to be done about it. Touches nothing."""
     rows = [] if args.script and not (args.names or only) else select(table, args.names, only, skip)
     known = ask_script(ROOT / "train_gpt.py") if rows else Known(set(), set())
     for name in assignments(args.set, "--set") if rows else ():
         if name not in known.knobs:
-            near = difflib.get_close_matches(name, known.knobs, n=1)
-            hint = f"; did you mean {near[0]}?" if near else "; train_gpt.py --help lists them"
-            raise ReportError(f"--set {name}: train_gpt.py has no such knob{hint}")
+            raise ReportError(f"--set {name}: train_gpt.py has no such knob{nearest_knob(name, known.knobs)}")
     if args.script:
         rows = rows + [peer_row(args)]
     tasks = []

@@ -265,8 +265,7 @@ class Config:
     lr_warmup_steps: int = knob("train", 0, "steps over which all learning rates rise from 0", lo=0)
     warmdown_frac: float = knob("train", 0.72, "last part of the run, over which the learning rate falls", lo=0, hi=1)
     min_lr: float = knob("train", 0.0, "floor of the learning rate multiplier", lo=0, hi=1)
-    enable_looping_at: float = knob("train", 0.35, "fraction of the run at which the recurrence, and the full solve of "
-                                    "an equilibrium, are switched on", lo=0)
+    enable_looping_at: float = knob("train", 0.35, "fraction of the run at which the recurrence is switched on", lo=0)
     recur_start_step: int = knob("train", 0, "the same as a step; 0: ENABLE_LOOPING_AT decides", lo=0)
     exit_penalty: float = knob("train", 0.0003, "nats that a pass of a token costs under USE_ADAPTIVE_DEPTH", lo=0)
     use_thermo_loss: bool = knob("train", False, "reward the entropy of the predictions, less and less")
@@ -355,11 +354,6 @@ class Config:
     def loops(self) -> bool:
         """Whether the configuration has a recurrent segment at all."""
         return bool(self.repeats)
-
-    @property
-    def deepens(self) -> bool:
-        """Whether the model gets deeper at ENABLE_LOOPING_AT: by its recurrence, or by an equilibrium's full solve."""
-        return self.loops or self.deq_layer >= 0
 
     @property
     def repeats(self) -> tuple[int, ...]:
@@ -465,7 +459,6 @@ PRESETS: dict[str, Preset] = {
             num_loops=0,
             deq_layer=0,
             deq_residual_penalty=0.0055,
-            enable_looping_at=0.0,
             smear_gate=True,
             attn_gate="sparse",
             ve_layers="-1",
@@ -3431,22 +3424,6 @@ class Route(NamedTuple):
     exact: bool  # exactly the best of the sequence (training only: it sees the future), or by the causal rule
 
 
-class Effort(NamedTuple):
-    """What a training step spends on a fixed point."""
-
-    iterations: int  # of the solver
-    steps: int  # that DEQ_GRAD=phantom differentiates
-    settling: float  # weight of the penalty on what is unsettled then
-
-
-def effort_of(cfg: Config, looping: bool) -> Effort:
-    """Of an equilibrium: all of it from ENABLE_LOOPING_AT on, until then one iteration and one differentiated step,
-    unpenalised: 4 units of work for 9. A small model gains 0.1 nats for equal time, loses none for equal tokens."""
-    if looping:
-        return Effort(cfg.deq_max_iter_train, cfg.deq_phantom_steps, cfg.deq_residual_penalty)
-    return Effort(1, 1, 0.0)
-
-
 class Visit(NamedTuple):
     """One application of a physical layer in the virtual order."""
 
@@ -3459,7 +3436,6 @@ class Visit(NamedTuple):
     begins: int = -1  # number of the pass over the repeated layers that begins before it; -1: none
     inside: bool = False  # whether it belongs to such a pass
     lanes: bool = False  # whether the stream has two lanes
-    effort: tuple[Effort, ...] = ()  # what an equilibrium is told beyond what every block is
 
     @property
     def capacity(self) -> float:
@@ -3524,10 +3500,8 @@ def schedule(cfg: Config, looping: bool, exact: bool = False) -> tuple[Visit, ..
     for position, (layer, place) in enumerate(zip(order, places, strict=True)):
         turn, several = order[:position].count(layer), order.count(layer) > 1
         route = tuple(Route(turn if several else None, share, exact) for share in shares[layer][turn : turn + 1])
-        effort = (effort_of(cfg, looping),) * (layer == cfg.deq_layer)
         number = begins.index(position) if position in begins else -1
-        inside, lanes = begins[0] <= position < end, position >= opened
-        more = dict(place=place, begins=number, inside=inside, lanes=lanes, effort=effort)
+        more = dict(place=place, begins=number, inside=begins[0] <= position < end, lanes=position >= opened)
         visits.append(Visit(layer, pairs.get(position), position in kept, turn, route, **more))
     return tuple(visits)
 
@@ -3637,11 +3611,12 @@ def solver_step(
 
 class Solver(NamedTuple):
     """How a fixed point is found: residuals combined (1: Picard), tokens whose residuals fit the coefficients,
-    tolerance, and the most iterations where no gradient follows."""
+    tolerance, and the most iterations while learning and otherwise."""
 
     history: int
     window: int
     tol: float
+    learning: int
     scoring: int
 
 
@@ -3682,31 +3657,31 @@ def slope(f: Callable, x: Tensor, image: Tensor) -> Tensor:
     return ((f(x + step * v) - image) / step).square().mean(-1).sum()
 
 
-def unsettled(block: Equilibrium, effort: Effort, x: Tensor, change: Tensor) -> Tensor:
+def unsettled(block: Equilibrium, x: Tensor, change: Tensor) -> Tensor:
     """x [B, T, D], with the penalty on its last step's ``change``: sum over tokens of log(1 + (r / aim)^2), r the
     relative residual (the state has size 1). It asks for a fixed point where training stops looking for it, whatever
     slope that takes, and for nothing more once it is near: a residual far above the aim is pushed down by
     2 DEQ_RESIDUAL_PENALTY nats a factor of e, one far below it is let be."""
-    weight = block.per_token * effort.settling
+    weight = block.per_token * block.residual_weight
     return AddPenalty.apply(x, weight * (change / block.aim).square().mean(-1).log1p().sum()) if weight else x
 
 
-def phantom_gradient(block: Equilibrium, effort: Effort, f: Callable, search: Search, x: Tensor) -> Tensor:
+def phantom_gradient(block: Equilibrium, f: Callable, search: Search, x: Tensor) -> Tensor:
     """K damped steps x <- x + d (f(x) - x) from the solved point, differentiated: K terms of the Neumann series of the
     implicit gradient (Geng et al. 2021, https://arxiv.org/abs/2111.05177). Memory of K visits at any depth. Steps that
     take the solver's values instead leave it more to do, and cost 0.007 bpb in a sprint."""
     with torch.no_grad():
         x = search.run(f, x.detach())
     x.requires_grad_()  # as in the later steps: one graph serves all
-    for _ in range(effort.steps):
+    for _ in range(block.phantom_steps):
         before, image = x, f(x)
         change = image - x
         x = x + block.phantom_damping * change
-    x, weight = unsettled(block, effort, x, change), block.per_token * block.slope_weight
+    x, weight = unsettled(block, x, change), block.per_token * block.slope_weight
     return AddPenalty.apply(x, weight * slope(f, before, image)) if weight else x
 
 
-def implicit_gradient(block: Equilibrium, effort: Effort, f: Callable, search: Search, x: Tensor) -> Tensor:
+def implicit_gradient(block: Equilibrium, f: Callable, search: Search, x: Tensor) -> Tensor:
     """The implicit function theorem (Bai et al. 2019, https://arxiv.org/abs/1909.01377): the backward pass solves
     v = g + J^T v by the forward's own solver, with J at one evaluation from the solved point. Memory of one visit."""
     with torch.no_grad():
@@ -3718,14 +3693,14 @@ def implicit_gradient(block: Equilibrium, effort: Effort, f: Callable, search: S
         return search.run(lambda v: g + torch.autograd.grad(y, x, v, retain_graph=True)[0], g)
 
     found.register_hook(adjoint)
-    return unsettled(block, effort, found, y - x.detach())
+    return unsettled(block, found, y - x.detach())
 
 
-def unrolled_gradient(block: Equilibrium, effort: Effort, f: Callable, search: Search, x: Tensor) -> Tensor:
+def unrolled_gradient(block: Equilibrium, f: Callable, search: Search, x: Tensor) -> Tensor:
     """The control: back-propagation through every iteration, mixing coefficients held constant. Memory of them all. The
     penalty takes one evaluation more."""
     x = search.run(f, x)
-    return unsettled(block, effort, x, f(x) - x) if block.per_token * effort.settling else x
+    return unsettled(block, x, f(x) - x) if block.per_token * block.residual_weight else x
 
 
 DEQ_GRADS = {"phantom": phantom_gradient, "ift": implicit_gradient, "unroll": unrolled_gradient}
@@ -3791,26 +3766,28 @@ class Equilibrium(Universal, Penalised):
         super().__init__(cfg, layer, name, backend)
         self.resid_mix = nn.Parameter(torch.full((2, cfg.model_dim), 0.5))  # carry and injection, whatever RESID_MIX
         history = cfg.deq_anderson_history if cfg.deq_solver == "anderson" else 1
-        self.solver = Solver(history, cfg.deq_anderson_window, cfg.deq_tol, cfg.deq_max_iter_eval)
+        self.solver = Solver(
+            history, cfg.deq_anderson_window, cfg.deq_tol, cfg.deq_max_iter_train, cfg.deq_max_iter_eval
+        )
         self.gradient = DEQ_GRADS[cfg.deq_grad]
-        self.phantom_damping = cfg.deq_phantom_damping
-        self.aim, self.slope_weight = cfg.deq_residual_aim, cfg.deq_slope_penalty
+        self.phantom_steps, self.phantom_damping = cfg.deq_phantom_steps, cfg.deq_phantom_damping
+        self.aim = cfg.deq_residual_aim
+        self.residual_weight, self.slope_weight = cfg.deq_residual_penalty, cfg.deq_slope_penalty
         self.trace: list[Tensor] | None = None  # collects the residuals of the next visits
 
     def visit(
-        self, parts: Mapping[str, Callable], x: Tensor, x0: Tensor, rope, docs: Tensor | None, ops: Ops,
-        values: Tensor | None, effort: Effort,
-    ) -> Tensor:  # fmt: skip
+        self, parts: Mapping[str, Callable], x: Tensor, x0: Tensor, rope, docs: Tensor | None, *rest: Any
+    ) -> Tensor:
         """The stream x [B, T, D] is what is injected and where the solve starts; the fixed point leaves."""
         z, learning = norm(self.entered(x)), torch.is_grad_enabled()
-        count = effort.iterations if learning else self.solver.scoring
+        count = self.solver.learning if learning else self.solver.scoring
         fine = finer(z)
 
         def f(state: Tensor) -> Tensor:
-            return parts["equilibrium"](self, state, z if torch.is_grad_enabled() else fine, rope, docs, ops, values)
+            return parts["equilibrium"](self, state, z if torch.is_grad_enabled() else fine, rope, docs, *rest)
 
         search = Search(self.solver, count, parts["solver"], z.dtype, docs, self.trace)
-        found = self.gradient(self, effort, f, search, z.float()) if learning else search.run(f, z.float())
+        found = self.gradient(self, f, search, z.float()) if learning else search.run(f, z.float())
         return found.to(x.dtype)
 
 
@@ -4213,13 +4190,13 @@ class Visits(NamedTuple):
     scoring: float
 
 
-def visits_of(cfg: Config, visit: Visit) -> Visits:
+def visits_of(cfg: Config, layer: int) -> Visits:
     """A forward pass is a third of a visit's FLOPs, a product with its transposed Jacobian another third; a penalty
     on the slope is one more phantom step."""
-    if not visit.effort:
+    if layer != cfg.deq_layer:
         return Visits(1, 1, 1)
-    depth, steps, settling = visit.effort[0]
-    steps, unrolled = steps + (cfg.deq_slope_penalty > 0), depth + (settling > 0)
+    depth, steps = cfg.deq_max_iter_train, cfg.deq_phantom_steps + (cfg.deq_slope_penalty > 0)
+    unrolled = depth + (cfg.deq_residual_penalty > 0)
     flops, memory = {
         "phantom": (depth / 3 + steps, steps + 2),
         "ift": (1 + 2 * depth / 3, 3),
@@ -4323,13 +4300,13 @@ class GPT(nn.Module):
                 x = torch.stack((x, x))
             if visit.skip_from is not None:
                 x = self.parts["skip"](self.skips[f"{visit.skip_from}_{visit.place}"], x, kept.pop(visit.skip_from))
-            block, told = self.blocks[visit.layer], visit.route + visit.effort
+            block = self.blocks[visit.layer]
             block.turn_to(visit.turn)
             if x.dim() == 3 or block.lane_read is not None:
-                x = block.visit(self.parts, x, x0, rope, docs, self.ops, values, *told)
+                x = block.visit(self.parts, x, x0, rope, docs, self.ops, values, *visit.route)
             else:  # a layer that knows one lane sees their mean, and both take what it changed
                 mean = x.mean(0)
-                x = x + (block.visit(self.parts, mean, x0, rope, docs, self.ops, values, *told) - mean)
+                x = x + (block.visit(self.parts, mean, x0, rope, docs, self.ops, values, *visit.route) - mean)
             if visit.inside and "live" in memory:
                 x = self.parts["leave"](x, memory["start"], memory["live"])
             if visit.keep:
@@ -4441,7 +4418,7 @@ def flops_per_token(cfg: Config, looping: bool, scoring: bool = False) -> float:
     layer = width * (2 * width + 2 * cfg.num_kv_heads * cfg.head_dim + 2 * hidden)
     total = width * cfg.vocab_size
     for visit in schedule(cfg, looping):
-        share, visits = visit.capacity, visits_of(cfg, visit)
+        share, visits = visit.capacity, visits_of(cfg, visit.layer)
         count = visits.scoring if scoring else visits.flops
         linear_ = visit.layer in listed_layers(cfg, cfg.linear_layers)
         span = 2 * (LINEAR_CHUNK + cfg.head_dim) if linear_ else cfg.train_seq_len
@@ -4777,10 +4754,9 @@ def muon_momentum(cfg: Config, step: int) -> float:
 
 
 def looping_at(cfg: Config, fraction: float, step: int = 0) -> bool:
-    """Whether the recurrence, or an equilibrium's full solve, is on at this fraction of the run, or (RECUR_START_STEP)
-    at this step."""
+    """Whether the recurrence is on at this fraction of the run, or (RECUR_START_STEP) at this step."""
     reached = step >= cfg.recur_start_step if cfg.recur_start_step else fraction >= cfg.enable_looping_at
-    return cfg.deepens and reached
+    return cfg.loops and reached
 
 
 def entropy_bonus(cfg: Config, fraction: float) -> float:
@@ -4846,7 +4822,7 @@ def token_bytes(cfg: Config) -> float:
     """GPU memory of a training token: a visit keeps about 20 D values for the backward pass, as much again with a state
     of TTT-Linear, the head 4 V (bf16 logits, their gradient, slack)."""
     inner = listed_layers(cfg, cfg.ttt_linear_layers)
-    kept = ((visit.capacity * (1 + (visit.layer in inner) + 0.4 * visit.lanes), visits_of(cfg, visit).memory,
+    kept = ((visit.capacity * (1 + (visit.layer in inner) + 0.4 * visit.lanes), visits_of(cfg, visit.layer).memory,
              len(visit.route)) for visit in schedule(cfg, True))  # fmt: skip
     visits = sum(share * memory + 0.1 * routed for share, memory, routed in kept)  # a router keeps the stream as well
     visits += 0.2 * sum(getattr(cfg, asked) for asked, _ in CARRIES.values()) * len(pass_bounds(cfg, True))
@@ -7612,7 +7588,7 @@ def run_plan(cfg: Config, gpus: int) -> list[PlanRow]:
     clock = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
     first = clock / step[False] if cfg.max_wallclock_seconds else cfg.iterations  # steps of a run that never loops
     switch = cfg.recur_start_step / max(1.0, first) if cfg.recur_start_step else cfg.enable_looping_at
-    before = min(1.0, switch) if cfg.deepens else 1.0
+    before = min(1.0, switch) if cfg.loops else 1.0
     steps = before / step[False] + (1 - before) / step[True]
     steps = min(cfg.iterations, steps * clock) if cfg.max_wallclock_seconds else cfg.iterations
     mean = before * step[False] + (1 - before) * step[True]
@@ -7676,15 +7652,14 @@ def describe_command(cfg: Config, warnings: list[str]) -> None:
         value = getattr(cfg, field.name)
         if value != field.default:
             print(f"  {name}={int(value) if isinstance(value, bool) else value}")
-    for looping in (False, True) if cfg.deepens else (False,):
+    for looping in (False, True) if cfg.loops else (False,):
         encoder, decoder = halves(cfg, looping)
         print(f"\nloop {'on' if looping else 'off'}: {len(encoder) + len(decoder)} visits {encoder} {decoder}")
         skips = ", ".join(f"{v.skip_from}->{v.place}" for v in schedule(cfg, looping) if v.skip_from is not None)
         print(f"  skips {skips or 'none'}; {flops_per_token(cfg, looping) / 1e6:.0f} MFLOP a training token")
         if cfg.deq_layer >= 0:
-            effort = effort_of(cfg, looping)
-            more = f" + {effort.steps}" * (cfg.deq_grad == "phantom")
-            told = f"{effort.iterations}{more} evaluations in training, {cfg.deq_max_iter_eval} in scoring"
+            more = f" + {cfg.deq_phantom_steps}" * (cfg.deq_grad == "phantom")
+            told = f"{cfg.deq_max_iter_train}{more} evaluations in training, {cfg.deq_max_iter_eval} in scoring"
             print(f"  layer {cfg.deq_layer} solves by {told}")
     describe_parameters(cfg)
     print("\nplan for 8 H100 GPUs and the challenge's text:")

@@ -70,7 +70,7 @@ class State(NamedTuple):
     exact: bool
 
     def label(self, cfg: tg.Config) -> str:
-        names = ["loop on" if self.looping else "loop off"] * cfg.deepens
+        names = ["loop on" if self.looping else "loop off"] * bool(cfg.loops)
         names += ["exact choice" if self.exact else "causal rule"] * any(tg.capacities(cfg))
         return ", ".join(names) or "-"
 

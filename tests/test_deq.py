@@ -41,7 +41,7 @@ def contraction(width: int, radius: float) -> torch.Tensor:
 
 
 def search(history: int, iterations: int, tol=0.0, window=1, trace=None, kept=torch.float64) -> tg.Search:
-    return tg.Search(tg.Solver(history, window, tol, 0), iterations, tg.solver_step, kept, trace=trace)
+    return tg.Search(tg.Solver(history, window, tol, 0, 0), iterations, tg.solver_step, kept, trace=trace)
 
 
 def find(f, x, history: int, iterations: int, **settings) -> torch.Tensor:
@@ -123,16 +123,16 @@ def test_frozen_tokens_stay():
 class Small:
     """Stands in for the block: settings of the gradients."""
 
-    phantom_damping, per_token, slope_weight, aim = 0.9, 1.0, 0.0, 1e-3
+    phantom_steps, phantom_damping, per_token, residual_weight, slope_weight, aim = 60, 0.9, 1.0, 0.0, 0.0, 1e-3
 
 
-def gradient(kind: str, history: int, steps: int = 60) -> list[torch.Tensor]:
+def gradient(kind: str, history: int, **settings) -> list[torch.Tensor]:
     """Gradients of a loss at the fixed point of tanh(x A^T + z B^T), fp64."""
     A = contraction(6, 0.6).requires_grad_()
     B, z = noise(6, 6, seed=2).requires_grad_(), noise(2, 3, 6, seed=3).requires_grad_()
+    block = type("Block", (Small,), settings)()
     x = tg.DEQ_GRADS[kind](
-        Small(),
-        tg.Effort(60, steps, 0.0),
+        block,
         lambda x: torch.tanh(x @ A.T + z @ B.T),
         search(history, 60),
         torch.zeros(2, 3, 6).double(),
@@ -152,7 +152,7 @@ def test_gradients_agree_at_convergence(kind, history):
 def test_phantom_is_a_truncated_series():
     """Fewer steps give a worse gradient, one step the gradient of a single evaluation."""
     exact = gradient("unroll", 1)[0]
-    errors = [float((gradient("phantom", 1, steps=k)[0] - exact).norm() / exact.norm()) for k in (1, 2, 4, 8)]
+    errors = [float((gradient("phantom", 1, phantom_steps=k)[0] - exact).norm() / exact.norm()) for k in (1, 2, 4, 8)]
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.2
 
 
@@ -167,7 +167,7 @@ def kept_bytes(cfg: tg.Config) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        model(ids, ids, True)
+        model(ids, ids, False)
     return total
 
 
@@ -200,7 +200,8 @@ def test_what_is_unsettled_is_pushed_until_it_settles(kind):
 
     def pull(iterations: int, penalty: float) -> torch.Tensor:
         A.grad = None
-        found = tg.DEQ_GRADS[kind](Small(), tg.Effort(iterations, 2, penalty), f, search(1, iterations), start.clone())
+        block = type("Block", (Small,), dict(phantom_steps=2, residual_weight=penalty))()
+        found = tg.DEQ_GRADS[kind](block, f, search(1, iterations), start.clone())
         found.sum().backward()
         outputs.append(found.detach())
         return A.grad
@@ -225,34 +226,9 @@ def test_penalties_belong_to_trainers(corpus):
     ids, grads = random_ids(cfg, 2, 32), []
     for model in (tiny_model(cfg), tiny_model(replace(cfg, deq_residual_penalty=0.0)), trainer_of(cfg).model):
         model.load_state_dict(tiny_model(cfg).state_dict())
-        model(ids, ids, True).sum().backward()
-        grads.append(model.blocks[0].attn.q.weight.grad)
-    assert torch.equal(grads[0], grads[1]) and not torch.allclose(grads[2], grads[0])
-
-
-def test_the_full_solve_begins_at_the_switch(corpus):
-    """Until ENABLE_LOOPING_AT a training step takes two evaluations, unpenalised; scoring never depends on it."""
-    cfg = tiny("deq", iterations=4, enable_looping_at=0.5, deq_residual_penalty=5.0, **corpus.knobs())
-    trainer, seen, own = trainer_of(cfg), [], tg.equilibrium_map
-    trainer.model.parts["equilibrium"] = lambda *args: seen.append(torch.is_grad_enabled()) or own(*args)
-    counts = []
-    for step in range(4):
-        seen.clear()
-        trainer.train_step(trainer.stream.batch(4 * step, 4), step / 4)
-        counts.append((seen.count(False), seen.count(True)))
-    parts = cfg.train_batch_tokens // cfg.micro_batch_tokens
-    full = (parts * cfg.deq_max_iter_train, parts * cfg.deq_phantom_steps)
-    assert counts == [(parts, parts)] * 2 + [full] * 2
-    assert tg.flops_per_token(cfg, False) < tg.flops_per_token(cfg, True)
-    with torch.no_grad():
-        ids = random_ids(cfg, 2, 32)
-        assert torch.equal(trainer.model.hidden(ids, False), trainer.model.hidden(ids, True))
-    grads = []
-    for weight in (0.0, 5.0):
-        model = trainer_of(replace(cfg, deq_residual_penalty=weight)).model
         model(ids, ids, False).sum().backward()
         grads.append(model.blocks[0].attn.q.weight.grad)
-    assert torch.equal(*grads)
+    assert torch.equal(grads[0], grads[1]) and not torch.allclose(grads[2], grads[0])
 
 
 def test_where_no_gradient_follows_the_map_is_finer(monkeypatch):
@@ -261,7 +237,7 @@ def test_where_no_gradient_follows_the_map_is_finer(monkeypatch):
     model, ids, own = tiny_model(cfg), random_ids(cfg, 2, 32), tg.equilibrium_map
     model.dtype = torch.bfloat16
     monkeypatch.setitem(model.parts, "equilibrium", lambda b, x, z, *rest: seen.append(z.dtype) or own(b, x, z, *rest))
-    model.hidden(ids, True)
+    model.hidden(ids, False)
     assert seen == [torch.float16] * cfg.deq_max_iter_train + [torch.bfloat16] * cfg.deq_phantom_steps
     seen.clear()
     with torch.no_grad():

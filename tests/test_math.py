@@ -863,11 +863,11 @@ def test_flops_count_every_visit(preset, looping, monkeypatch):
     cfg = dataclasses.replace(full(preset), seed_maps="none", k_rank=0)
     params = dict(meta_model(cfg, monkeypatch).named_parameters())
     total = 0
-    for layer, visit in zip(tg.virtual_order(cfg, looping), tg.schedule(cfg, looping), strict=True):
+    for layer in tg.virtual_order(cfg, looping):
         of_layer = (p.numel() for name, p in params.items() if name.startswith(f"blocks.{layer}.") and "weight" in name)
         c, routed = (cfg.mod_capacity, 6 * cfg.model_dim) if f"blocks.{layer}.router" in params else (1, 0)
         pairs = c * c * 6 * cfg.train_seq_len * cfg.model_dim
-        total += tg.visits_of(cfg, visit).flops * (c * 6 * sum(of_layer) + pairs) + routed
+        total += tg.visits_of(cfg, layer).flops * (c * 6 * sum(of_layer) + pairs) + routed
     assert tg.flops_per_token(cfg, looping) == pytest.approx(total + 6 * cfg.vocab_size * cfg.model_dim, rel=1e-12)
 
 

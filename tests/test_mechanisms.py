@@ -385,9 +385,10 @@ def exit_model(cfg: tg.Config) -> tg.GPT:
     return model
 
 
-def test_exits_are_for_good(corpus, validation):
+@pytest.mark.parametrize("routed", [{}, dict(mod_pass_capacity="1,0.5")], ids=["all", "routed"])
+def test_exits_are_for_good(routed, corpus, validation):
     """A token that left is not changed by later passes and does not come back; computing its MLP or not is the same."""
-    cfg = config(use_adaptive_depth=True, loop_start=0, val_batch_tokens=256, **corpus.knobs())
+    cfg = config(use_adaptive_depth=True, loop_start=0, val_batch_tokens=256, **routed, **corpus.knobs())
     model, seen = exit_model(cfg), []
     real = tg.PARTS["leave"]
     model.parts["leave"] = lambda x, start, live: seen.append((start, live, real(x, start, live))) or seen[-1][2]

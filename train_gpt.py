@@ -1473,7 +1473,7 @@ class TrainStream:
         self.first, self.order = np.concatenate([[0], np.cumsum(self.counts)]), DATA_ORDERS[cfg.data_order]
         if self.total == 0:
             raise UserError(
-                f"no shard in {self.folder} holds TRAIN_SEQ_LEN={self.seq_len} tokens; add text or shorten it"
+                f"no shard in {self.folder} holds TRAIN_SEQ_LEN={self.seq_len} tokens and one more; add text or shorten it"
             )
 
     @property

@@ -238,6 +238,11 @@ CONTRADICTIONS = {
     "size": ({"SIZE_TARGET": "17000000"}, "SIZE_TARGET"),
     "equilibrium": ({"DEQ_LAYER": "11"}, "DEQ_LAYER"),
     "window": ({"DEQ_ANDERSON_WINDOW": "12"}, "DEQ_ANDERSON_WINDOW"),
+    "directions": (
+        {"USE_EIGENSPACE_ROUTING": "1", "NUM_EXPERTS": "16", "MODEL_DIM": "40", "NUM_HEADS": "4", "ROPE_DIMS": "10"},
+        "NUM_EXPERTS",
+    ),
+    "buckets": ({"BIGRAM_VOCAB_SIZE": "1"}, "BIGRAM_VOCAB_SIZE"),
     "slope": ({"DEQ_SLOPE_PENALTY": "1", "DEQ_GRAD": "unroll"}, "DEQ_GRAD"),
 }
 

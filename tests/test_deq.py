@@ -450,11 +450,12 @@ def test_an_artifact_at_other_depths(trained, corpus, tmp_path):
     cfg, state = trained.cfg, trained.model.state_dict()
     blob = tg.pack(cfg, tg.quantize(cfg, state, {}), False, quick=True)
     jobs = {}
-    for depth in ("1", "32", "64"):
+    fitted = {"TTT_ENABLED": "1", "TTT_LR": "1", "TTT_CHUNK_TOKENS": "64", "EVAL_STRIDE": "8"}
+    for depth, also in {"1": {}, "32": {}, "64": {}, "32 fitted": fitted}.items():
         path = tmp_path / depth / "final_model.ptz"
         path.parent.mkdir()
         path.write_bytes(blob)
-        more = {"DEQ_MAX_ITER_EVAL": depth, "DEQ_SOLVER": "picard", "SLIDING_WINDOW_ENABLED": "0"}
+        more = {"DEQ_MAX_ITER_EVAL": depth.split()[0], "DEQ_SOLVER": "picard", "SLIDING_WINDOW_ENABLED": "0"} | also
         jobs[depth] = (["eval", path], clean_env(corpus.env(), {"DEVICE": "cpu", "THREADS": "1"}, more))
     ended = sandbox(jobs, tmp_path)
     assert all(end.code == 0 for end in ended.values()), ended
@@ -463,6 +464,9 @@ def test_an_artifact_at_other_depths(trained, corpus, tmp_path):
     assert abs(loss["32"] - loss["64"]) < 1e-3 < abs(loss["1"] - loss["64"])
     deq = read["32"]["probes"]["deq"]
     assert deq["residuals"] == deq["anderson"]["p50"]
+    other = read["32 fitted"]
+    assert other["stages"]["ttt"]["val_loss"] != loss["32"]
+    assert other["probes"]["deq"]["residuals"] == deq["residuals"]  # of the artifact, not of what fitted the text
 
 
 # ---- refused at the start -------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import random
 import re
 import resource
 import shutil
+import signal
 import struct
 import sys
 import time
@@ -494,6 +495,28 @@ def test_6_the_audit_passes(rescored, preset, corpus, capsys):
     assert "FAIL" not in page and page.count("ok ") >= 8, page
 
 
+def test_6_the_audit_knows_sidecars_and_limits(rescored, corpus, tmp_path, capsys):
+    """A sidecar may count a byte that the decoded text lacks; a part of the text is not all of it, whoever set so."""
+    text, cfg = shutil.copytree(corpus.folder, tmp_path / "text"), tiny("record", **corpus.knobs())
+    nbytes = tg.load_validation(cfg, tg.load_tokenizer(cfg)).nbytes.numpy()
+    nbytes[0] += 1
+    write_shard(text / "fineweb_val_bytes_000000.bin", np.concatenate([[0], nbytes]))
+    data = {**corpus.env(), "DATA_PATH": str(text), "DEVICE": "cpu", "THREADS": "1", "TTT_ENABLED": "0"}
+    jobs = {name: {**data, "VAL_TOKENS_LIMIT": limit} for name, limit in (("whole", "0"), ("part", "300"))}
+    for name in jobs:
+        (tmp_path / name).mkdir()
+        shutil.copy(rescored["record"][3] / "final_model.ptz", tmp_path / name)
+        (tmp_path / name / "train_gpt_packed.py").write_bytes(tg.packed_script(tg.script_source()))
+    ended = sandbox(
+        {name: (["eval", tmp_path / name / "final_model.ptz"], clean_env(env)) for name, env in jobs.items()}, tmp_path
+    )
+    assert all(end.code == 0 for end in ended.values()), ended
+    tg.audit_command(tmp_path / "whole", jobs["whole"])
+    assert "FAIL" not in capsys.readouterr().out
+    with pytest.raises(tg.UserError, match="every target scored: 299 scores"):
+        tg.audit_command(tmp_path / "part", jobs["part"])
+
+
 def test_6_eval_needs_only_the_artifact(corpus, tmp_path):
     """An artifact with unusual lengths is scored in a clean environment: the training's knobs do not matter."""
     folder = tmp_path / "odd"
@@ -821,7 +844,7 @@ def clocked_run(cfg, monkeypatch, folder, seconds_a_step) -> tuple[tg.Trainer, d
         trainer.step += 1
         return torch.tensor(1.0), torch.tensor(1.0)
 
-    def save():
+    def save(needed):
         clock.now += 500
 
     monkeypatch.setattr(trainer, "train_step", step)
@@ -947,6 +970,82 @@ def test_10_an_interrupted_write_keeps_the_old_file(monkeypatch, tmp_path):
     with pytest.raises(tg.UserError, match="No space left"):
         tg.atomic_write(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_8_every_rank_has_text_to_calibrate_on(corpus):
+    """Fewer sequences than ranks would leave some with nothing to average."""
+    values = dict(train_batch_tokens=256, gptq_calibration_batches=1, gptq_batch_tokens=64, fisher_tokens=32)
+    cfg = tiny("record", **values, **corpus.knobs())
+    run = OneOf(cfg, 7, 8)
+    trainer = tg.Trainer(run)
+    rows = tg.calibration_rows(trainer)
+    assert len(rows) == 8 and math.isfinite(tg.mean_loss(run, trainer.model, rows, False))
+    hessians, fisher, *_ = tg.calibrate(run, trainer.model, trainer.model.state_dict(), rows, False, {})
+    assert hessians["head.weight"].any() and fisher["head.weight"].any()
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["session", "nohup"])
+def test_10_a_session_that_ends(ignored):
+    """SIGHUP asks for a checkpoint like SIGTERM, but where nohup has it ignored."""
+    run, before = single(tiny("record")), signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        with run.watching_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert run.signal == (0 if ignored else signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_10_what_can_be_spared(corpus, monkeypatch, tmp_path, capsys):
+    """A checkpoint that nobody waits for and a line of the log may fail; one that RESUME=1 is told of may not."""
+    trainer = trainer_of(tiny("record", **corpus.knobs()), tmp_path / "run")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tg.os, "fsync", full)
+    trainer.step = 1
+    trainer.save(needed=False)
+    assert "No space left" in capsys.readouterr().out
+    trainer.step = 2
+    with pytest.raises(tg.UserError, match="No space left"):
+        trainer.save()
+    shutil.rmtree(tmp_path / "run")
+    trainer.run.log("a line")
+    assert "cannot write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", ["knob", "tensor", "entry"])
+def test_10_a_checkpoint_of_another_version(case, corpus, tmp_path):
+    """What this script cannot continue from is one clear error."""
+    cfg = tiny("record", **corpus.knobs())
+    trainer_of(cfg, tmp_path).save()
+    state = tg.load_tensors(tmp_path / "checkpoint.pt")
+    if case == "knob":
+        state["config"]["old_knob"] = 1
+    elif case == "tensor":
+        state["model"]["embed"] = state["model"]["embed"][:-1]
+    else:
+        del state["looping"]
+    tg.save_tensors(tmp_path / "checkpoint.pt", state)
+    with pytest.raises(tg.UserError, match="another version .* set another RUN_ID"):
+        trainer_of(cfg).resume(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"datasets": null}', '{"datasets": [1]}'])
+def test_10_a_damaged_manifest(text, tmp_path):
+    """What is no manifest is one clear error."""
+    (tmp_path / "manifest.json").write_text(text)
+    paths = tg.data_paths(tiny("record", data_dir=str(tmp_path)))
+    with pytest.raises(tg.UserError, match="manifest.json is no manifest; delete it"):
+        tg.read_manifest(paths)
+
+
+def test_10_attention_without_its_package(monkeypatch):
+    """FlashAttention 3 is looked for before training, and named."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(tg.UserError, match="ATTENTION_BACKEND=fa3 needs"):
+        tg.attention_by_feature(tiny("record", attention_backend="fa3"), torch.device("cuda"))
 
 
 def test_10_damaged_checkpoints(tmp_path):

@@ -3,15 +3,18 @@ all the others. Eight of them for the record, two for the presets whose maps are
 
 from __future__ import annotations
 
+import datetime
 import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import random_validation, tiny
 
+import train_gpt
 from train_gpt import Launch, Run, Trainer, collect_hessians, evaluate, free_port, pack, quantize, sliding_windows
 from train_gpt import dist as torch_distributed
 
@@ -61,6 +64,18 @@ def rank_process(rank: int, ranks: int, cfg, port: int, path: str, dies: bool) -
     if rank == 0:
         torch.save(found | dict(files=files), path)
     torch_distributed.destroy_process_group()
+
+
+def waiting_process(rank: int, cfg, port: int, path: str) -> None:
+    """Rank 0 is alone at work for longer than any collective would wait for it."""
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    train_gpt.PATIENCE = datetime.timedelta(seconds=2)
+    run = Run(cfg, Launch(rank, 2, 0))
+    if rank == 0:
+        time.sleep(5)
+    run.after_main("work")
+    Path(f"{path}{rank}").write_text(str(int(run.sum(torch.ones(1)))))
+    run.leave()
 
 
 def launch(cfg, path, ranks: int, dies: bool = False) -> list:
@@ -135,3 +150,14 @@ def test_a_dead_rank_ends_the_others(corpus, tmp_path):
         os.kill(pid, signal.SIGKILL)
     assert not alive
     assert all(process.exitcode for process in processes)
+
+
+def test_the_others_wait_for_rank_0(corpus, tmp_path):
+    """What rank 0 does alone may take longer than a collective's patience."""
+    cfg, port = config(corpus), free_port()
+    processes = [FORK.Process(target=waiting_process, args=(rank, cfg, port, f"{tmp_path}/")) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["2", "2"]

@@ -425,7 +425,7 @@ EARLY = {
     "truncated_val": (with_truncated_validation, 2, r"fineweb_val_000000.bin is truncated"),
     "other_tokenizer": (with_other_tokenizer, 2, "SHA-256"),
     "no_tokenizer": (with_no_tokenizer_at_all, 2, "tiny.model is no SentencePiece model"),
-    "damaged_manifest": (with_damaged_manifest, 2, "manifest.json is not JSON"),
+    "damaged_manifest": (with_damaged_manifest, 2, "manifest.json is no manifest"),
     "missing_tokenizer": (lambda place: {"tokenizer_path": "/nowhere.model"}, 2, "/nowhere.model"),
     "vocab_size": (lambda place: {"vocab_size": 300}, 2, "VOCAB_SIZE=300"),
     "no_data": (lambda place: {"data_path": str(place.folder / "nothing")}, 2, "no fineweb_"),

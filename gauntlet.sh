@@ -22,10 +22,11 @@ options of plan and run (gauntlet.sh plan --help has all):
   --incr-only --deq-only --seeds-only --mod-only --muon-only --rlma-only --skip-deq --skip-baseline
   --runs DIR       where run folders go (default runs/gauntlet); the table holds every run in it
   --script FILE    another script with the same variables, as a row of its own (--name NAME)
-  --again          run finished and failed runs again (old folders move to DIR/.old)
+  --retry          run failed runs again                 --again          finished ones as well (old folders move to
+                                                         DIR/.old)
   --cold           an empty compile cache for every run (default: one cache for all, in DIR/.cache)
 
-Where the text is comes from DATA_DIR, DATA_PATH and TOKENIZER_PATH; no other variable of yours reaches a run.
+Where the text is comes from DATA_DIR, DATASET, DATA_PATH and TOKENIZER_PATH; no other variable of yours reaches a run.
 Exit code: 0 all runs done and all accept rules hold; 1 not so; 2 bad input; 130, 143 interrupted (run it again).
 TEXT
 }

@@ -5,7 +5,7 @@ The challenge: code plus compressed weights fit in 16,000,000 bytes, training ta
 
     PRESET=demo torchrun --standalone --nproc_per_node=1 train_gpt.py     anywhere: no GPU, no download, minutes
     torchrun --standalone --nproc_per_node=8 train_gpt.py                 the official shape (PRESET=record)
-    PRESET=pr1783 ITERATIONS=490 TRAIN_BATCH_TOKENS=196608 MAX_WALLCLOCK_SECONDS=0 python train_gpt.py
+    ./gauntlet.sh run record --seeds 1337 --vocab 8192                    a token sprint, as systems are compared here
     python train_gpt.py eval runs/<RUN_ID>/final_model.ptz                score an artifact again, in a fresh process
     python train_gpt.py audit runs/<RUN_ID>                               a page that defends the score, for a reviewer
     python train_gpt.py describe                                          the plan of a run, without running it
@@ -4468,8 +4468,12 @@ class ParamRow(NamedTuple):
 
     pattern: str
     kind: str
-    lr: str
+    lr: str  # two names: of a tied embedding, of an untied one
     wd: str
+
+    def rate(self, cfg: Config) -> str:
+        """The knob of the learning rate under this configuration."""
+        return self.lr.split("|")[0 if cfg.tie_embeddings else -1]
 
 
 TABLES = r"embed|(mixers\.(bigram|input)|values)\.table"  # rows are looked up
@@ -4619,8 +4623,7 @@ class Optimizers:
         self.banks: list[Bank] = []
         adam = []
         for row, named in groups.items():
-            lr_name = row.lr.split("|")[0 if cfg.tie_embeddings else -1]
-            lr, wd = getattr(cfg, lr_name), getattr(cfg, row.wd)
+            lr, wd = getattr(cfg, row.rate(cfg)), getattr(cfg, row.wd)
             if row.kind in MUON_KINDS:
                 self.banks += self._stack(named, MUON_KINDS[row.kind], lr, wd)
             else:
@@ -7177,8 +7180,9 @@ def choose_run_id(cfg: Config) -> str:
         return cfg.run_id
     if not cfg.resume:
         return f"{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
-    found = [Path(path) for path in glob.glob(str(Path(cfg.runs_dir) / f"{cfg.preset}-*" / "checkpoint.pt"))]
-    found = [path for path in found if not path.with_name("DONE").exists()
+    found = [path for path in Path(cfg.runs_dir).glob("*/checkpoint.pt")
+             if read_facts(path.with_name("config.json")).get("preset") == cfg.preset
+             and not path.with_name("DONE").exists()
              and read_facts(path.with_name("result.json")).get("exit_code") != NonFiniteLoss.code]  # fmt: skip
     if not found:
         raise UserError(
@@ -7565,6 +7569,21 @@ def meta_model(cfg: Config) -> GPT:
         return GPT(cfg, torch.device("meta"), torch.float32)
 
 
+def own_knobs() -> set[str]:
+    """The fields of Config that an artifact brings."""
+    return {field.name for field in dataclasses.fields(Config) if field.metadata["group"] == "model"}
+
+
+def places_of(folder: Path, env: Mapping[str, str]) -> dict[str, Any]:
+    """Where the run in a folder, if there is one, had its text and tokenizer, and on what it ran; the environment knows
+    better, and a text that it names may have another tokenizer."""
+    ran, text = read_facts(folder / "config.json"), {"DATA_DIR", "DATASET", "DATA_PATH"}
+    wanted = {"device", "threads", "tokenizer_path", "data_dir", "dataset", "data_path"}
+    if text & set(env):
+        wanted = {"device", "threads"}
+    return {name: value for name, value in ran.items() if name in wanted}
+
+
 def eval_command(path: Path, env: Mapping[str, str], launch: Launch) -> None:
     """Score an artifact: it brings its model's configuration, the environment may change the evaluation's."""
     try:
@@ -7572,8 +7591,9 @@ def eval_command(path: Path, env: Mapping[str, str], launch: Launch) -> None:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     artifact = unpack(blob, str(path))
-    own = {field.name for field in dataclasses.fields(Config) if field.metadata["group"] == "model"}
-    cfg, _ = read_config({name: text for name, text in env.items() if name.lower() not in own}, base=artifact.config)
+    own = own_knobs()
+    given = {name: text for name, text in env.items() if name.lower() not in own}
+    cfg, _ = read_config(given, base={**artifact.config, **places_of(path.parent, env)})
     run = Run(cfg, launch)
     for variable in sorted(name.upper() for name in own & set(artifact.config)):
         value = artifact.config[variable.lower()]
@@ -7610,9 +7630,9 @@ class PlanRow(NamedTuple):
     source: str
 
 
-# One H100 SXM, torch 2.11 (README, "Measured"): the 8192^3 bf16 product, the shares of it that training and sliding
-# windows reach with the fused operations, bytes a second of NVLink's rings, seconds of start-up and of packing; the
-# GPUs share those of Hessians and of gradients' curvature.
+# One H100 SXM or H200 (the same chip), torch 2.11: the 8192^3 bf16 product, the shares of it that training and sliding
+# windows reach with the fused operations, bytes a second of NVLink's rings (from its data sheet), seconds of start-up
+# with a cold compile cache and of packing; the GPUs share those of Hessians and of gradients' curvature.
 H100 = dict(
     matmul=783e12, train_mfu=0.43, eval_mfu=0.47, bus=3e11, startup=60.0, hessians=4.8, gradients=17.0, pack=13.0
 )  # fmt: skip
@@ -7653,7 +7673,7 @@ def run_plan(cfg: Config, gpus: int) -> list[PlanRow]:
         PlanRow("activations of a micro-batch", f"{micro * token_bytes(cfg) / 2**30:.0f} GiB ({micro} tokens)",
                 "predicted"),
         PlanRow("start-up, outside the clock", f"{H100['startup']:.0f} s", "measured, record"),
-        PlanRow("train, then calibrate", f"{clock if cfg.max_wallclock_seconds else steps * mean:.0f} s, "
+        PlanRow("train, then calibrate", f"{steps * mean:.0f} s, "
                 f"{(H100['hessians'] + H100['gradients']) / gpus:.0f} s"
                 + f" of the {cfg.gptq_reserve_seconds:g} s reserved" * bool(cfg.max_wallclock_seconds), "predicted"),
         PlanRow("quantize and pack", f"{H100['pack']:.0f} s", "measured, record"),
@@ -7678,7 +7698,7 @@ def describe_parameters(cfg: Config) -> None:
     print(f"{header}usual bytes (3.4 bits of a matrix's number, 4.7 of a table's)")
     for (optimizer, stored), count in rows.items():
         size = f"{count * usual_bits(stored) / 8:.0f}"
-        print(f"{count:>12}  {optimizer.kind:<10}{optimizer.lr.split('|')[0]:<15}{stored.codec:<8}{size}")
+        print(f"{count:>12}  {optimizer.kind:<10}{optimizer.rate(cfg):<15}{stored.codec:<8}{size}")
     total = sum(rows.values())
     effective = effective_weights(model, {name: param.numel() for name, param in model.named_parameters()})
     print(f"{total:>12}  stored in all, {effective} effective (seeded maps count as their matrices)")
@@ -7778,13 +7798,10 @@ def open_audit(target: Path, env: Mapping[str, str]) -> Audited:
         artifact = unpack(path.read_bytes(), str(path))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give a finished run folder") from error
-    folder, fields = path.parent, dataclasses.fields(Config)
+    folder = path.parent
     result, evaluated = read_facts(folder / "result.json"), read_facts(folder / "eval.json")
-    own = {field.name for field in fields if field.metadata["group"] == "model"} | {"val_tokens_limit"}
-    places = {field.name for field in fields if field.metadata["group"] == "data"} - own | {"device", "threads"}
-    kept = {name: value for name, value in result.get("config", {}).items() if name in places}
-    given = {name: text for name, text in env.items() if name.lower() not in own}
-    cfg, _ = read_config(given, base={**artifact.config, **kept, "compile": False})
+    given = {name: text for name, text in env.items() if name.lower() not in own_knobs() | {"val_tokens_limit"}}
+    cfg, _ = read_config(given, base={**artifact.config, **places_of(folder, env), "compile": False})
     run = Run(cfg, Launch(0, 1, 0))
     check_shapes(cfg, artifact, path)
     pieces = load_tokenizer(cfg)
@@ -7913,6 +7930,13 @@ def audit_causal(a: Audited) -> Iterator[Check]:
     yield Check("other sequences do not matter", close, f"largest change of a logit by its batch {gap:.2g}")
 
 
+# What the training clock of the rules counts: name -> key of result.json.
+TRAINING_PARTS = {
+    "train": "train_seconds", "choose weights": "calibration_seconds", "calibration text": "calibration_text_seconds",
+    "Hessians": "hessian_seconds", "gradients": "fisher_seconds", "quantize, pack": "quantize_pack_seconds",
+}  # fmt: skip
+
+
 def audit_limits(a: Audited) -> Iterator[Check]:
     """Bytes of the files that count, and the time ledger against the rules."""
     script, artifact = a.folder / "train_gpt_packed.py", (a.folder / "final_model.ptz").stat().st_size
@@ -7929,14 +7953,10 @@ def audit_limits(a: Audited) -> Iterator[Check]:
     if not a.result:
         yield Check("time", None, "no result.json: training was not timed here")
         return
-    parts = {"start-up": "startup_seconds", "train": "train_seconds", "choose weights": "calibration_seconds",
-             "Hessians": "hessian_seconds", "gradients": "fisher_seconds",
-             "quantize+pack": "quantize_pack_seconds", "evaluate (load, compile)": "eval_seconds"}  # fmt: skip
+    parts = {"start-up": "startup_seconds", **TRAINING_PARTS, "evaluate": "eval_seconds"}
     ledger = ", ".join(f"{name} {a.result[key]:.1f} s" for name, key in parts.items() if key in a.result)
     clock = a.result["config"]["max_wallclock_seconds"]
-    spent = sum(
-        a.result.get(key, 0.0) for name, key in parts.items() if name not in ("start-up", "evaluate (load, compile)")
-    )
+    spent = sum(a.result.get(key, 0.0) for key in TRAINING_PARTS.values())
     official = a.result["world_size"] == 8 and a.result["device"] != "cpu"
     yield Check("training time", spent <= AUDIT_SECONDS if clock or official else None,
                 f"{spent:.1f} s with calibration, quantization and packing, of {AUDIT_SECONDS:g}"

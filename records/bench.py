@@ -5,9 +5,9 @@
     python records/bench.py speed PRESET=record --kernels 25
     python records/bench.py bases
     python records/bench.py effects PRESET=pr1783 --group mechanisms --seeds 1337 42 --set ITERATIONS=300 ...
-    python records/bench.py effects PRESET=record 'wide: MLP_MULT=5' 'hot: MATRIX_LR=0.07' --out tuning.jsonl
-    python records/bench.py effects PRESET=naive 'deq: PRESET=deq' --packed --keep runs/sprints --set ITERATIONS=490 ...
-    python records/bench.py effects PRESET=record 'up: SEED_MAPS=up' --packed 4000000 8000000 --plot bytes.png
+    python records/bench.py effects PRESET=record 'wide: MLP_MULT=5' 'hot: MATRIX_LR=0.07' --budget sprint --out a.jsonl
+    python records/bench.py effects PRESET=naive 'deq: PRESET=deq' --packed --keep runs/sprints --budget sprint
+    python records/bench.py effects PRESET=record 'up: SEED_MAPS=up' --budget sprint --packed 4000000 --plot a.png
     python records/bench.py export runs/a runs/b runs/c --sizes 15990000 8000000      bytes of the artifact
     python records/bench.py export runs/a --bits 3.6 1.8 --methods scalar ours        bits a stored weight
 
@@ -21,7 +21,8 @@ bases: a random square matrix of a seeded map, applied to activations three ways
 transform (log2 n passes, compiled), and by that transform as products with two small Hadamard matrices of about sqrt n.
 
 effects: what each change of a base does to the loss at equal tokens, one short run after another in one process: the
-given changes and the rows of a group of gauntlet.txt that have the base's preset. Training only, the raw weights scored
+given changes and the rows of a group of gauntlet.txt that have the base's preset. How long a run is, --budget sprint
+or ITERATIONS and TRAIN_BATCH_TOKENS say; the presets' own are those of 8 GPUs. Training only, the raw weights scored
 on plain windows of the validation text of DATA_PATH: for tuning, let that be text held out of the training text.
 Differences are within a seed; "usual bytes" are what a change's numbers take where 36 M weights fill 16 MB. --out keeps
 a line for each run, and runs that it holds are not repeated; --part 1/2 and 2/2 of the same file may share a GPU.
@@ -256,9 +257,12 @@ def bases(args: argparse.Namespace) -> None:
 
 def changes(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     """Name -> variables: the base, the rows of the groups that have its preset, the changes given."""
-    base = report.assignments([*args.set, *shlex.split(args.base)], "the base")
+    table = report.read_table(report.ROOT / "gauntlet.txt")
+    if args.budget and args.budget not in table.budgets:
+        raise tg.UserError(f"--budget {args.budget} is none of {', '.join(table.budgets)}")
+    base = table.budgets.get(args.budget, {}) | report.assignments([*args.set, *shlex.split(args.base)], "the base")
     checked(base, "the base")
-    found, table = {"base": base}, report.read_table(report.ROOT / "gauntlet.txt")
+    found = {"base": base}
     if unknown := set(args.group) - {row.group for row in table.rows.values()}:
         raise tg.UserError(f"gauntlet.txt has no group {unknown.pop()}; ./gauntlet.sh list tells them")
     for row in table.rows.values():
@@ -416,6 +420,8 @@ def share(text: str) -> tuple[int, int]:
 
 def effects(args: argparse.Namespace) -> None:
     part, parts = args.part
+    if args.probe and not args.out:
+        raise tg.UserError("--probe writes into the lines of --out; give it a file")
     for path in filter(None, (args.out, args.plot)):
         path.parent.mkdir(parents=True, exist_ok=True)
     lines = args.out.read_text().splitlines() if args.out and args.out.exists() else []
@@ -546,6 +552,7 @@ def main() -> int:
     verb.add_argument("changes", nargs="*", metavar="'NAME: VARIABLE=VALUE ...'")
     verb.add_argument("--group", action="append", default=[], help="also the rows of this group of gauntlet.txt")
     verb.add_argument("--seeds", type=int, nargs="+", default=[1337])
+    verb.add_argument("--budget", metavar="NAME", help="what a run may spend, from gauntlet.txt: sprint")
     verb.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a variable of all runs")
     verb.add_argument("--out", type=Path, help="a JSON line for each run; what it holds is not run again")
     told = "also export, to these bytes or SIZE_TARGET, code included, and score what the files hold"

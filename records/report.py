@@ -42,7 +42,8 @@ STATUS_OF_CODE = {0: "done", 2: "bad-config", 3: "non-finite", 4: "over-budget"}
 SIGNALS = (128 + 1, 128 + 2, 128 + 9, 128 + 15)
 FAILED = ("crashed", "over-budget", "non-finite", "bad-config")
 # Where things are and how they are launched: no part of what is measured.
-LOCATION = {"RUN_ID", "RUNS_DIR", "RESUME", "STRICT_ENV", "DATA_DIR", "DATA_PATH", "TOKENIZER_PATH", "THREADS"}
+WHERE = ("DATA_DIR", "DATASET", "DATA_PATH", "TOKENIZER_PATH")  # variables that say where the text is
+LOCATION = {"RUN_ID", "RUNS_DIR", "RESUME", "STRICT_ENV", "THREADS", *WHERE}
 
 
 class ReportError(Exception):
@@ -530,7 +531,7 @@ def differences(folder: Path, request: dict[str, Any]) -> list[str]:
     return found
 
 
-def decide(folder: Path, request: dict[str, Any], again: bool) -> tuple[str, str]:
+def decide(folder: Path, request: dict[str, Any], again: bool, retry: bool = False) -> tuple[str, str]:
     """(action, reason) of one run, from what its folder holds."""
     if pid := alive(folder):
         return "busy", f"process {pid} works in {folder}; wait for it, or end it and remove {folder}/.pid"
@@ -545,7 +546,7 @@ def decide(folder: Path, request: dict[str, Any], again: bool) -> tuple[str, str
     if status == "done":
         return "skip", "finished"
     if status in FAILED and not changed:
-        return "failed", f"{status} earlier; --again runs it once more"
+        return ("run", "") if retry else ("failed", f"{status} earlier; --retry runs it once more")
     return ("resume", "has a checkpoint") if (folder / "checkpoint.pt").exists() else ("run", "")
 
 
@@ -592,7 +593,7 @@ def plan(args: argparse.Namespace, table: Table, only: list[str], skip: list[str
                 row=row.name, group=row.group, seed=seed, gpus=row.gpus or args.gpus, script=row.script, env=env,
                 accept=list(row.accept),
             )  # fmt: skip
-            action, reason = ("unavailable", lacks) if lacks else decide(folder, request, args.again)
+            action, reason = ("unavailable", lacks) if lacks else decide(folder, request, args.again, args.retry)
             tasks.append(Task(action, row, seed, folder, request, reason))
     return tasks
 
@@ -608,13 +609,13 @@ def peer_row(args: argparse.Namespace) -> Experiment:
 
 def environment_of(request: dict[str, Any], folder: Path, resume: bool) -> dict[str, str]:
     """Every variable of a run but those of the machine. Paths of a peer, which runs in its folder, are absolute."""
-    env = {name: os.environ[name] for name in ("DATA_DIR", "DATA_PATH", "TOKENIZER_PATH") if os.environ.get(name)}
+    env = {name: os.environ[name] for name in WHERE if os.environ.get(name)}
     env |= request["env"]
     env |= dict(SEED=str(request["seed"]), RUN_ID=folder.name, RUNS_DIR=str(folder.parent), STRICT_ENV="1")
     if resume:
         env["RESUME"] = "1"
     if request["script"]:
-        env |= {key: str(Path(env[key]).resolve()) for key in ("DATA_DIR", "DATA_PATH", "TOKENIZER_PATH") if key in env}
+        env |= {key: str(Path(env[key]).resolve()) for key in WHERE if key in env and key != "DATASET"}
     return env
 
 
@@ -801,11 +802,25 @@ def compare(row: Row, other: Row) -> Comparison | None:
     return Comparison(stage, len(paired), difference, spread, p_paired(paired), welch)
 
 
-WORST: dict[str, tuple[str, Callable]] = {
-    "bytes": ("total_bytes", max),
-    "steps": ("steps", min),
-    "train_seconds": ("train_seconds", max),
-    "eval_seconds": ("eval_seconds", max),
+TIME_PARTS = {
+    "start-up": "startup_seconds", "train": "train_seconds", "choose weights": "calibration_seconds",
+    "calibration text": "calibration_text_seconds", "Hessians": "hessian_seconds", "gradients": "fisher_seconds",
+    "quantize, pack": "quantize_pack_seconds", "evaluate": "eval_seconds",
+}  # fmt: skip
+TRAINING_PARTS = tuple(key for name, key in TIME_PARTS.items() if name not in ("start-up", "evaluate"))
+
+
+def training_seconds(run: RunData) -> float | None:
+    """The training clock as the rules count it: steps and whatever makes the file; None where steps were not timed."""
+    known = run.result.get("train_seconds") is not None
+    return sum(run.result.get(key, 0.0) for key in TRAINING_PARTS) if known else None
+
+
+WORST: dict[str, tuple[Callable[[RunData], float | None], Callable]] = {
+    "bytes": (lambda run: run.result.get("total_bytes"), max),
+    "steps": (lambda run: run.result.get("steps"), min),
+    "train_seconds": (training_seconds, max),
+    "eval_seconds": (lambda run: run.result.get("eval_seconds"), max),
 }
 
 
@@ -824,8 +839,8 @@ def judge_condition(row: Row, condition: str, rows: dict[str, Row]) -> tuple[boo
     elif other:
         return None, f"{condition}: {metric} is compared with numbers only"
     if metric in WORST:
-        key, worst = WORST[metric]
-        values = row.values(key)
+        told, worst = WORST[metric]
+        values = [value for run in row.done if (value := told(run)) is not None]
         value = worst(values) if values else None
     else:
         scores = list(row.scores(stage).values()) if stage else []
@@ -1241,12 +1256,6 @@ def plot_depth(plt: Any, rows: Sequence[Row], path: Path) -> Path | None:
     return save(plt, figure, path)
 
 
-TIME_PARTS = {
-    "start-up": "startup_seconds", "train": "train_seconds", "Hessians": "hessian_seconds",
-    "gradients": "fisher_seconds", "quantize, pack": "quantize_pack_seconds", "evaluate": "eval_seconds",
-}  # fmt: skip
-
-
 def draw_plots(rows: Sequence[Row], out: Path) -> list[Path]:
     """Every plot that the runs have data for."""
     plt = import_pyplot()
@@ -1404,12 +1413,6 @@ def run_complaints(run: RunData, track: Track) -> list[str]:
     return [line for line in out if line]
 
 
-def training_seconds(run: RunData) -> float:
-    """The training clock as the rules count it: steps, Hessians, gradients' curvature, quantization and packing."""
-    parts = ("train_seconds", "hessian_seconds", "fisher_seconds", "quantize_pack_seconds")
-    return sum(run.result.get(key, 0.0) for key in parts)
-
-
 def time_complaints(run: RunData) -> list[str]:
     """Limits of the timed track: hardware, training clock, evaluation clock."""
     where, out = str(run.folder), []
@@ -1488,6 +1491,7 @@ def per_seed(runs: Sequence[RunData]) -> dict[str, dict[str, Any]]:
             bytes_total=result["total_bytes"], steps=result["steps"],
             step_avg_ms=1e3 * result["train_seconds"] / max(1, result["steps"]),
             train_wallclock_ms=1e3 * result["train_seconds"], hessian_s=result.get("hessian_seconds"),
+            curvature_s=result.get("fisher_seconds"), training_s=training_seconds(run),
             quantize_pack_s=result.get("quantize_pack_seconds"), startup_s=result.get("startup_seconds"),
             eval_time_s=result["eval_seconds"], val_tokens=final["tokens"], target_tokens=collect_evidence(run).targets,
             val_bytes=final["bytes"], pre_quant_val_bpb=before.get("val_bpb"),
@@ -1828,6 +1832,7 @@ def add_plan_options(parser: argparse.ArgumentParser, table: Table, here: Path) 
     parser.add_argument("--seeds", help="seeds of every row, such as 1337,42")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any variable, for every row")
     parser.add_argument("--again", action="store_true", help="run finished and failed runs again; old folders are kept")
+    parser.add_argument("--retry", action="store_true", help="run failed runs again; old folders are kept")
     parser.add_argument("--script", type=path, help="another script with the same variables, as a row of its own")
     parser.add_argument("--name", help="name of the row of --script")
     parser.add_argument("--cold", action="store_true", help="an empty compile cache for every run")

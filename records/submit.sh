@@ -5,12 +5,13 @@
 #
 # For the official run, on 8 H100: records/submit.sh record_8gpu MyIdea "Ada L." ada --gpus 8
 # A rehearsal on another machine: TRACK=non_record_16mb records/submit.sh record MyIdea "Ada L." ada --gpus 2
-# What is finished is not done again, so the same command goes on after an interruption. Text: DATA_DIR, DATA_PATH.
+# What is finished is not done again, so the same command goes on after an interruption, with --retry after a failure.
+# Text: DATA_DIR, DATASET, DATA_PATH, TOKENIZER_PATH.
 # RUNS (runs/submit) is where the runs go, OUT (records) where the folder goes, NOTES a Markdown file on what is new.
 set -euo pipefail
 
 if (($# < 4)); then
-  sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+  sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
   exit 2
 fi
 row=$1 name=$2 author=$3 github=$4
@@ -19,7 +20,11 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 runs=${RUNS:-$root/runs/submit}
 python=${PYTHON:-python3}
 
-"$root/gauntlet.sh" run "$row" --runs "$runs" "$@"
+"$root/gauntlet.sh" run "$row" --runs "$runs" "$@" || {
+  code=$?
+  printf 'no folder was written: a run or an accept rule of %s failed (above); --retry runs failed runs again\n' "$row" >&2
+  exit $code
+}
 for folder in "$runs/$row"-s*/; do
   if [[ ! -e $folder/audit.txt ]]; then
     printf 'auditing %s\n' "$folder"

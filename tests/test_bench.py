@@ -60,12 +60,25 @@ def test_what_a_run_refuses_is_refused(monkeypatch, capsys):
     assert "did you mean ITERATIONS" in capsys.readouterr().err
 
 
+def test_a_budget_comes_before_what_is_told(monkeypatch):
+    """--budget sprint is the gauntlet's; variables of the command line are stronger."""
+    seen = {}
+    monkeypatch.setattr(bench, "effects", lambda args: seen.update(bench.changes(args)))
+    asked = ("effects", "PRESET=record ITERATIONS=7", "x: MLP_MULT=5", "--budget", "sprint")
+    assert bench_main(monkeypatch, *asked) == 0
+    assert (
+        seen["x"]["TRAIN_BATCH_TOKENS"] == "196608" and seen["x"]["ITERATIONS"] == "7" and seen["x"]["MLP_MULT"] == "5"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("speed", "PRESET=demo FOO=3"), "FOO is no knob"),
         (("effects", "PRESET=demo", "x: SMEER_GATES=1"), "did you mean SMEAR_GATE"),
         (("effects", "PRESET=demo", "--group", "nope"), "no group nope"),
+        (("effects", "PRESET=demo", "--budget", "huge"), "--budget huge is none of sprint"),
+        (("effects", "PRESET=demo", "--probe"), "--probe writes into the lines of --out"),
         (("effects", "PRESET=demo", "x: SEED=1", "x: SEED=2"), "two changes are called 'x'"),
         (("export", "/nowhere"), "/nowhere is no finished run"),
     ],

@@ -261,6 +261,9 @@ def test_failures_are_named_and_do_not_stop_the_rest(home):
     assert code == 1 and "[1/1] die-s1: has a checkpoint" in out and "over-budget earlier" in out
     assert status(home, "die-s1") == "done" and work(home, "die-s1") == [1, 2, 3, 4]
     assert work(home, "over-s1") == [1, 2, 3, 4] and "5 of 6" not in out and "2 of 6 runs done" in out
+    code, out = gauntlet(home, "run", "over", "good", "--seeds", "1", "--retry")
+    assert code == 1 and "good-s1: finished earlier" in out and "over-s1: starting" in out
+    assert len(list((home / "runs/gauntlet/.old").iterdir())) == 1
 
 
 def wait_for(condition, seconds=60):

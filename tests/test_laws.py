@@ -517,6 +517,15 @@ def test_6_the_audit_knows_sidecars_and_limits(rescored, corpus, tmp_path, capsy
         tg.audit_command(tmp_path / "part", jobs["part"])
 
 
+def test_6_eval_knows_where_the_run_had_its_text(tmp_path):
+    """By its config.json, unless the environment names another text, which may have another tokenizer."""
+    ran = dict(data_dir="/a", dataset="b", data_path="", tokenizer_path="/t", device="cpu", threads=1, model_dim=8)
+    tg.write_json(tmp_path / "config.json", ran)
+    assert tg.places_of(tmp_path, {}) == {name: value for name, value in ran.items() if name != "model_dim"}
+    assert tg.places_of(tmp_path, {"DATASET": "c"}) == dict(device="cpu", threads=1)
+    assert tg.places_of(tmp_path / "none", {}) == {}
+
+
 def test_6_eval_needs_only_the_artifact(corpus, tmp_path):
     """An artifact with unusual lengths is scored in a clean environment: the training's knobs do not matter."""
     folder = tmp_path / "odd"

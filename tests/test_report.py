@@ -375,6 +375,12 @@ def test_the_timed_track_is_strict(tmp_path, capsys):
 # ---- the shape of the file ------------------------------------------------------------------------------------------
 
 
+def test_the_training_clock_has_one_list():
+    """The audit and the tables count the same parts, those of a run's result.json."""
+    assert set(report.TRAINING_PARTS) == set(tg.TRAINING_PARTS.values())
+    assert report.training_seconds(report.RunData(Path(), "", 1, "done", {}, {}, {})) is None
+
+
 def test_functions_fit_a_screen():
     import ast
 
@@ -413,6 +419,7 @@ def scored(tmp_path_factory, corpus):
         total_bytes=(folder / "final_model.ptz").stat().st_size + 100,
     )  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result))
+    (folder / "config.json").write_text(json.dumps(result["config"]))
     return folder
 
 

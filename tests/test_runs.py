@@ -278,14 +278,16 @@ def test_a_run_that_trained_and_left_no_checkpoint_is_kept(corpus, tmp_path):
 def test_which_run_goes_on(tmp_path):
     """RESUME=1 alone takes the newest unfinished run of the preset, but none that diverged; new names never meet."""
     cfg = tg.read_config({"PRESET": "demo", "RUNS_DIR": str(tmp_path), "RESUME": "1"})[0]
-    for age, (name, code) in enumerate({"demo-1": 130, "demo-2": None, "demo-3": 3, "demo-4": 0}.items()):
+    ends = {"demo-1": 130, "my run": None, "demo-3": 3, "demo-4": 0, "another": 130}
+    for age, (name, code) in enumerate(ends.items()):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "checkpoint.pt").touch()
         os.utime(folder / "checkpoint.pt", (age, age))
         (folder / "result.json").write_text(json.dumps({"exit_code": code}))
+        (folder / "config.json").write_text(json.dumps({"preset": "naive" if name == "another" else "demo"}))
     (tmp_path / "demo-4" / "DONE").touch()
-    assert tg.choose_run_id(cfg) == "demo-2"
+    assert tg.choose_run_id(cfg) == "my run"
     fresh = tg.read_config({"PRESET": "demo"})[0]
     assert len({tg.choose_run_id(fresh) for _ in range(5)}) == 5
 

@@ -970,6 +970,11 @@ def load_tensors(path: Path) -> dict:
         raise UserError(f"{path} is damaged ({type(error).__name__}); delete it and start again") from error
 
 
+def mute() -> None:
+    """Nobody reads the console any more: a session that is gone, a pipe whose reader has seen enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 PATIENCE = datetime.timedelta(minutes=10)  # of a collective
 LONGEST = datetime.timedelta(hours=12)  # of a rank that waits for what rank 0 does alone
 
@@ -990,6 +995,7 @@ class Run:
         self.folder: Path | None = None
         self.lock: Any = None  # the open file whose lock keeps others out of the folder
         self.early: list[tuple[str, str]] = []  # (file, line) of what was told before there was a folder
+        self.lost: set[str] = set()  # files that have missed a line
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
         if self.world_size > 1:
@@ -1007,12 +1013,12 @@ class Run:
         return torch.device("cuda", self.launch.local_rank)
 
     def _connect(self) -> None:
-        cuda, patience = self.device.type == "cuda", PATIENCE
+        cuda = self.device.type == "cuda"
         extra = {"device_id": self.device} if cuda else {}
         try:
-            self.store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+            self.store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
             where = dict(store=dist.PrefixStore("group", self.store), rank=rank, world_size=size)
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=patience, **where, **extra)
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE, **where, **extra)
             self.voters = dist.new_group(backend="gloo") if cuda else None  # votes do not wait for the GPU's queue
         except (ValueError, RuntimeError) as error:
             raise UserError(f"cannot join the process group: {error}; start with torchrun") from error
@@ -1055,7 +1061,10 @@ class Run:
         if not self.main:
             return
         if console:
-            print(line, flush=True)
+            try:
+                print(line, flush=True)
+            except OSError:
+                mute()
         self._append("train.log", line)
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -1071,15 +1080,19 @@ class Run:
             with open(self.folder / name, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:  # a run is worth more than a line of its log
-            print(f"warning: cannot write {self.folder / name}: {error.strerror}", file=sys.stderr, flush=True)
+            if name not in self.lost:
+                self.lost.add(name)
+                print(f"warning: cannot write {self.folder / name}: {error.strerror}", file=sys.stderr, flush=True)
 
-    def spare(self, write: Callable[[], None]) -> None:
-        """Rank 0 writes what the run can do without: where that fails it costs a warning."""
-        if self.main:
-            try:
+    def spare(self, write: Callable[[], None]) -> bool:
+        """Rank 0 writes what the run can do without: where that fails it costs a warning. Whether it was written."""
+        try:
+            if self.main:
                 write()
-            except UserError as error:
-                self.log(f"warning: {error}; the run goes on without it")
+        except UserError as error:
+            self.log(f"warning: {error}")
+            return False
+        return self.main
 
     def lap(self, part: str) -> None:
         """A part of start-up is over; what it took is the time since the launch less that of the parts before it."""
@@ -1155,7 +1168,7 @@ class Run:
         the step in hand; a second one ends the process."""
 
         def handler(number: int, _frame: Any) -> None:
-            if self.signal:
+            if self.signal and number in (signal.SIGTERM, signal.SIGINT):  # shells and kernels hang up twice
                 os._exit(128 + number)
             self.signal = number
 
@@ -5060,17 +5073,16 @@ class Trainer:
         not ``needed`` ends no run where it cannot be written."""
         if self.saved == self.step:
             return
-        state, self.saved = self.state_dict(), self.step
+        state = self.state_dict()
 
         def write() -> None:
             save_tensors(self.run.folder / "checkpoint.pt", state)
-            self.run.log(f"checkpoint: step {self.step} saved")
 
-        if not needed:
-            self.run.spare(write)
-        elif self.run.main:
+        if needed and self.run.main:
             write()
-        self.run.barrier()
+        if self.run.share(needed or self.run.spare(write)):
+            self.saved = self.step
+            self.run.log(f"checkpoint: step {self.step} saved")
 
     def resume(self, folder: Path) -> None:
         """Continue from a run folder's checkpoint, if it has one; the knobs that shape training must be the same."""
@@ -5081,6 +5093,8 @@ class Trainer:
         state = load_tensors(folder / "checkpoint.pt")
         try:
             self.load_state_dict(state)
+        except torch.OutOfMemoryError:
+            raise
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"{folder}/checkpoint.pt is of another version of this script ({in_a_line(error)}); set another RUN_ID"
@@ -5168,10 +5182,10 @@ class Trainer:
     def _checkpoint_due(self, written: float) -> bool:
         cfg = self.cfg
         by_step = cfg.checkpoint_every and self.step % cfg.checkpoint_every == 0
-        by_time = cfg.checkpoint_seconds and time.perf_counter() - written > cfg.checkpoint_seconds
-        if cfg.checkpoint_seconds:  # rank 0's clock decides
-            by_time = self.run.vote(torch.tensor(int(self.run.main and by_time))).item()
-        return bool(by_step or by_time)
+        if not cfg.checkpoint_seconds:
+            return bool(by_step)
+        by_time = self.run.main and time.perf_counter() - written > cfg.checkpoint_seconds
+        return bool(self.run.vote(torch.tensor(int(by_time))) or by_step)
 
     def _off_the_clock(self, action: Callable[[], Any]) -> None:
         self.meter.flush()
@@ -7180,10 +7194,15 @@ def choose_run_id(cfg: Config) -> str:
         return cfg.run_id
     if not cfg.resume:
         return f"{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
-    found = [path for path in Path(cfg.runs_dir).glob("*/checkpoint.pt")
-             if read_facts(path.with_name("config.json")).get("preset") == cfg.preset
-             and not path.with_name("DONE").exists()
-             and read_facts(path.with_name("result.json")).get("exit_code") != NonFiniteLoss.code]  # fmt: skip
+
+    def unfinished(folder: Path) -> bool:
+        with contextlib.suppress(UserError):  # a damaged folder is not the one
+            ours = read_facts(folder / "config.json").get("preset") == cfg.preset
+            finite = read_facts(folder / "result.json").get("exit_code") != NonFiniteLoss.code
+            return ours and finite and not (folder / "DONE").exists()
+        return False
+
+    found = [path for path in Path(cfg.runs_dir).glob("*/checkpoint.pt") if unfinished(path.parent)]
     if not found:
         raise UserError(
             f"RESUME=1 but no unfinished {cfg.preset} run in {cfg.runs_dir} has a checkpoint; set RUN_ID or start anew"
@@ -7615,7 +7634,8 @@ def eval_command(path: Path, env: Mapping[str, str], launch: Launch) -> None:
         if cfg.save_scores:
             save_scores(run.folder / "scores.npz", score, val, ledger)
         seconds = time.time() - LAUNCHED
-        model.load_state_dict(artifact.state())  # test-time training has fitted the model to what the probes read
+        if cfg.ttt_enabled:  # it has fitted the model to what the probes read
+            model.load_state_dict(artifact.state())
         probes = probe(run, model, val, artifact.looping)
         write_json(run.folder / "eval.json", dict(stages=stages, seconds=seconds, probes=probes))
     run.log(f"total_eval_time:{time.time() - LAUNCHED:.1f}s")
@@ -7772,9 +7792,12 @@ class Audited(NamedTuple):
 def read_facts(path: Path) -> dict[str, Any]:
     """A JSON file of a run folder; empty when there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError:
-        raise UserError(f"{path} is not JSON; run or score the artifact again") from None
+        facts = None
+    if not isinstance(facts, dict):
+        raise UserError(f"{path} is no JSON object; run or score the artifact again")
+    return facts
 
 
 def read_scores(path: Path) -> dict[str, np.ndarray]:
@@ -8041,8 +8064,8 @@ def main() -> int:
         print(f"error: rank {rank} lost another rank, whose own message says why; RESUME=1 goes on from the checkpoint",
               file=sys.stderr, flush=True)  # fmt: skip
         return 1
-    except BrokenPipeError:  # the reader of --help or describe has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # of --help or describe
+        mute()
     return 0
 
 

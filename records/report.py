@@ -43,7 +43,7 @@ SIGNALS = (128 + 1, 128 + 2, 128 + 9, 128 + 15)
 FAILED = ("crashed", "over-budget", "non-finite", "bad-config")
 # Where things are and how they are launched: no part of what is measured.
 WHERE = ("DATA_DIR", "DATASET", "DATA_PATH", "TOKENIZER_PATH")  # variables that say where the text is
-LOCATION = {"RUN_ID", "RUNS_DIR", "RESUME", "STRICT_ENV", "THREADS", *WHERE}
+LOCATION = {"RUN_ID", "RUNS_DIR", "RESUME", "STRICT_ENV", "THREADS", *WHERE} - {"DATASET"}
 
 
 class ReportError(Exception):
@@ -810,16 +810,15 @@ TIME_PARTS = {
 TRAINING_PARTS = tuple(key for name, key in TIME_PARTS.items() if name not in ("start-up", "evaluate"))
 
 
-def training_seconds(run: RunData) -> float | None:
-    """The training clock as the rules count it: steps and whatever makes the file; None where steps were not timed."""
-    known = run.result.get("train_seconds") is not None
-    return sum(run.result.get(key, 0.0) for key in TRAINING_PARTS) if known else None
+def training_seconds(run: RunData) -> float:
+    """The training clock as the rules count it: steps and whatever makes the file."""
+    return sum(run.result.get(key, 0.0) for key in TRAINING_PARTS)
 
 
 WORST: dict[str, tuple[Callable[[RunData], float | None], Callable]] = {
     "bytes": (lambda run: run.result.get("total_bytes"), max),
     "steps": (lambda run: run.result.get("steps"), min),
-    "train_seconds": (training_seconds, max),
+    "training_seconds": (lambda run: training_seconds(run) if "train_seconds" in run.result else None, max),
     "eval_seconds": (lambda run: run.result.get("eval_seconds"), max),
 }
 
@@ -1185,8 +1184,8 @@ def stacked_bars(
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.1)
     axes.set(xlabel=labels[1])
-    axes.set_title(labels[0], pad=28)
-    axes.legend(frameon=False, ncols=len(parts) + 1, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.1)
+    axes.set_title(labels[0], pad=14 + 14 * math.ceil(len(parts) / 4))
+    axes.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.1)
     return save(plt, figure, path)
 
 

@@ -22,7 +22,7 @@ python=${PYTHON:-python3}
 
 "$root/gauntlet.sh" run "$row" --runs "$runs" "$@" || {
   code=$?
-  printf 'no folder was written: a run or an accept rule of %s failed (above); --retry runs failed runs again\n' "$row" >&2
+  ((code != 1)) || printf 'no folder: a run or an accept rule of %s failed (above); --retry repeats failed runs\n' "$row" >&2
   exit $code
 }
 for folder in "$runs/$row"-s*/; do

@@ -77,7 +77,7 @@ def test_a_budget_comes_before_what_is_told(monkeypatch):
         (("speed", "PRESET=demo FOO=3"), "FOO is no knob"),
         (("effects", "PRESET=demo", "x: SMEER_GATES=1"), "did you mean SMEAR_GATE"),
         (("effects", "PRESET=demo", "--group", "nope"), "no group nope"),
-        (("effects", "PRESET=demo", "--budget", "huge"), "--budget huge is none of sprint"),
+        (("effects", "PRESET=demo", "--budget", "clock"), "--budget clock is none of sprint"),
         (("effects", "PRESET=demo", "--probe"), "--probe writes into the lines of --out"),
         (("effects", "PRESET=demo", "x: SEED=1", "x: SEED=2"), "two changes are called 'x'"),
         (("export", "/nowhere"), "/nowhere is no finished run"),

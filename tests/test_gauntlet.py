@@ -244,6 +244,13 @@ def test_a_clean_pass(home):
     assert len(list((home / "runs/gauntlet/.old").iterdir())) == 1
 
 
+def test_another_text_is_another_run(tmp_path):
+    """A path may change between two starts, the name of the text may not."""
+    (tmp_path / "config.json").write_text(json.dumps(dict(dataset="a", data_dir="/x")))
+    request = dict(env=dict(DATASET="b", DATA_DIR="/y"), gpus=1, script="")
+    assert report.differences(tmp_path, request) == ["DATASET a -> b"]
+
+
 def test_failures_are_named_and_do_not_stop_the_rest(home):
     """Six demo rows: crashing, over budget, not a number, bad configuration, killed, and a good one."""
     rows = ["crash", "over", "nan", "bad", "die", "good"]

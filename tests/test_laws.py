@@ -985,7 +985,7 @@ def test_8_every_rank_has_text_to_calibrate_on(corpus):
     """Fewer sequences than ranks would leave some with nothing to average."""
     values = dict(train_batch_tokens=256, gptq_calibration_batches=1, gptq_batch_tokens=64, fisher_tokens=32)
     cfg = tiny("record", **values, **corpus.knobs())
-    run = OneOf(cfg, 7, 8)
+    run = OneOf(cfg, 0, 8)  # the one whose share is empty where there are too few
     trainer = tg.Trainer(run)
     rows = tg.calibration_rows(trainer)
     assert len(rows) == 8 and math.isfinite(tg.mean_loss(run, trainer.model, rows, False))
@@ -1016,12 +1016,12 @@ def test_10_what_can_be_spared(corpus, monkeypatch, tmp_path, capsys):
     trainer.step = 1
     trainer.save(needed=False)
     assert "No space left" in capsys.readouterr().out
-    trainer.step = 2
     with pytest.raises(tg.UserError, match="No space left"):
         trainer.save()
     shutil.rmtree(tmp_path / "run")
     trainer.run.log("a line")
-    assert "cannot write" in capsys.readouterr().err
+    trainer.run.log("another")
+    assert capsys.readouterr().err.count("cannot write") == 1
 
 
 @pytest.mark.parametrize("case", ["knob", "tensor", "entry"])

@@ -94,6 +94,16 @@ def terminated(place: Place) -> list:
     return [first, step, place.run("term", resume=True)]
 
 
+def hung_up(place: Place) -> tuple:
+    """A run whose terminal goes away: nobody reads it any more, and it is told so twice."""
+    process = start(script(), place.env("hup"), cwd=place.folder)
+    next(line for line in process.stdout if f"7/{STEPS} train_loss" in line)
+    process.stdout.close()
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGHUP)
+    return process.wait(150), process.stderr.read()
+
+
 def killed(place: Place) -> list:
     first = place.interrupt("kill", "checkpoint: step 6 saved", signal.SIGKILL, checkpoint_every=3)
     step = torch.load(place.folder / "kill" / "checkpoint.pt", weights_only=True)["step"]
@@ -105,6 +115,7 @@ JOBS = {
     "ranks": lambda place: finish(place.torchrun("ranks", "--standalone", "--nproc_per_node=2")),
     "term": terminated,
     "kill": killed,
+    "hup": hung_up,
     "nodes": two_nodes,
     "bereft": bereft,
     "nan": lambda place: place.run("nan", matrix_lr=1e30, scalar_lr=1e30, tied_embed_lr=1e30, checkpoint_every=1),
@@ -217,6 +228,14 @@ def test_sigterm_and_resume(ended, place):
     assert blobs[0] == blobs[1]
 
 
+def test_a_terminal_that_goes_away(ended, place):
+    """SIGHUP, twice and with nobody to read the log: a checkpoint all the same."""
+    code, err = ended["hup"]
+    assert code == 128 + signal.SIGHUP and not err, err
+    assert (place.folder / "hup" / "checkpoint.pt").exists()
+    assert json.loads((place.folder / "hup" / "result.json").read_text())["status"] == "interrupted"
+
+
 def test_sigkill_and_resume(ended, place):
     """After SIGKILL the last checkpoint carries on to the same final weights."""
     first, step, second = ended["kill"]
@@ -287,6 +306,10 @@ def test_which_run_goes_on(tmp_path):
         (folder / "result.json").write_text(json.dumps({"exit_code": code}))
         (folder / "config.json").write_text(json.dumps({"preset": "naive" if name == "another" else "demo"}))
     (tmp_path / "demo-4" / "DONE").touch()
+    for name, text in (("damaged", "{"), ("foreign", "[]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "checkpoint.pt").touch()
+        (tmp_path / name / "config.json").write_text(text)
     assert tg.choose_run_id(cfg) == "my run"
     fresh = tg.read_config({"PRESET": "demo"})[0]
     assert len({tg.choose_run_id(fresh) for _ in range(5)}) == 5

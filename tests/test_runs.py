@@ -95,8 +95,10 @@ def terminated(place: Place) -> list:
 
 
 def hung_up(place: Place) -> tuple:
-    """A run whose terminal goes away: nobody reads it any more, and it is told so twice."""
-    process = start(script(), place.env("hup"), cwd=place.folder)
+    """A run whose terminal goes away: nobody reads it any more, and it is told so twice. Tests under nohup inherit that
+    the signal is ignored, and must not hand it on."""
+    heeding = "from signal import *; signal(SIGHUP, SIG_DFL); import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
+    process = start([sys.executable, "-c", heeding, *script()], place.env("hup"), cwd=place.folder)
     next(line for line in process.stdout if f"7/{STEPS} train_loss" in line)
     process.stdout.close()
     process.send_signal(signal.SIGHUP)

@@ -22,8 +22,7 @@ options of plan and run (gauntlet.sh plan --help has all):
   --incr-only --deq-only --seeds-only --mod-only --muon-only --rlma-only --skip-deq --skip-baseline
   --runs DIR       where run folders go (default runs/gauntlet); the table holds every run in it
   --script FILE    another script with the same variables, as a row of its own (--name NAME)
-  --retry          run failed runs again                 --again          finished ones as well (old folders move to
-                                                         DIR/.old)
+  --retry          run failed runs again; --again: finished ones as well (old folders move to DIR/.old)
   --cold           an empty compile cache for every run (default: one cache for all, in DIR/.cache)
 
 Where the text is comes from DATA_DIR, DATASET, DATA_PATH and TOKENIZER_PATH; no other variable of yours reaches a run.

@@ -5103,8 +5103,9 @@ class Trainer:
 
     def load_state_dict(self, state: dict) -> None:
         """What ``state_dict`` gave; UserError where a knob that shapes training, or the text, is another."""
+        known = knobs()
         for name, value in state["config"].items():
-            group = knobs()[name.upper()].metadata["group"]
+            group = known[name.upper()].metadata["group"]
             binding = group in ("model", "train") or name == "seed"
             if binding and name != "micro_batch_tokens" and getattr(self.cfg, name) != value:
                 raise UserError(
@@ -6910,7 +6911,8 @@ def score_sliding(run: Run, model: GPT, val: ValStream, looping: bool, left: flo
 
 
 def score_ttt(run: Run, model: GPT, val: ValStream, looping: bool, left: float) -> tuple[Score, Ledger]:
-    return TestTimeTrainer(run, model, val, looping).evaluate(left)
+    with swapped(model, model.state_dict()):  # whoever asks next asks the artifact, not what has fitted this text
+        return TestTimeTrainer(run, model, val, looping).evaluate(left)
 
 
 EVALS = (
@@ -7596,11 +7598,17 @@ def own_knobs() -> set[str]:
 def places_of(folder: Path, env: Mapping[str, str]) -> dict[str, Any]:
     """Where the run in a folder, if there is one, had its text and tokenizer, and on what it ran; the environment knows
     better, and a text that it names may have another tokenizer."""
-    ran, text = read_facts(folder / "config.json"), {"DATA_DIR", "DATASET", "DATA_PATH"}
-    wanted = {"device", "threads", "tokenizer_path", "data_dir", "dataset", "data_path"}
-    if text & set(env):
-        wanted = {"device", "threads"}
-    return {name: value for name, value in ran.items() if name in wanted}
+    text, kept = {"data_dir", "dataset", "data_path"}, {"device", "threads"}
+    if not any(name.upper() in env for name in text):
+        kept |= text | {"tokenizer_path"}
+    return {name: value for name, value in read_facts(folder / "config.json").items() if name in kept}
+
+
+def config_of(artifact: Artifact, folder: Path, env: Mapping[str, str], **base: Any) -> Config:
+    """What to score an artifact by: its own model, the places of the run in its folder, ``base``, and from the
+    environment what is not the model's."""
+    given = {name: text for name, text in env.items() if name.lower() not in own_knobs()}
+    return read_config(given, base={**artifact.config, **places_of(folder, env), **base})[0]
 
 
 def eval_command(path: Path, env: Mapping[str, str], launch: Launch) -> None:
@@ -7610,11 +7618,9 @@ def eval_command(path: Path, env: Mapping[str, str], launch: Launch) -> None:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     artifact = unpack(blob, str(path))
-    own = own_knobs()
-    given = {name: text for name, text in env.items() if name.lower() not in own}
-    cfg, _ = read_config(given, base={**artifact.config, **places_of(path.parent, env)})
+    cfg = config_of(artifact, path.parent, env)
     run = Run(cfg, launch)
-    for variable in sorted(name.upper() for name in own & set(artifact.config)):
+    for variable in sorted(name.upper() for name in own_knobs() & set(artifact.config)):
         value = artifact.config[variable.lower()]
         if variable in env and not says(variable, env[variable], value):
             run.log(f"warning: {variable} is {value!r}, the artifact's; the variable is ignored")
@@ -7634,8 +7640,6 @@ def eval_command(path: Path, env: Mapping[str, str], launch: Launch) -> None:
         if cfg.save_scores:
             save_scores(run.folder / "scores.npz", score, val, ledger)
         seconds = time.time() - LAUNCHED
-        if cfg.ttt_enabled:  # it has fitted the model to what the probes read
-            model.load_state_dict(artifact.state())
         probes = probe(run, model, val, artifact.looping)
         write_json(run.folder / "eval.json", dict(stages=stages, seconds=seconds, probes=probes))
     run.log(f"total_eval_time:{time.time() - LAUNCHED:.1f}s")
@@ -7746,10 +7750,10 @@ def describe_command(cfg: Config, warnings: list[str]) -> None:
         print(f"\nloop {'on' if looping else 'off'}: {len(encoder) + len(decoder)} visits {encoder} {decoder}")
         skips = ", ".join(f"{v.skip_from}->{v.place}" for v in schedule(cfg, looping) if v.skip_from is not None)
         print(f"  skips {skips or 'none'}; {flops_per_token(cfg, looping) / 1e6:.0f} MFLOP a training token")
-        if cfg.deq_layer >= 0:
-            more = f" + {cfg.deq_phantom_steps}" * (cfg.deq_grad == "phantom")
-            told = f"{cfg.deq_max_iter_train}{more} evaluations in training, {cfg.deq_max_iter_eval} in scoring"
-            print(f"  layer {cfg.deq_layer} solves by {told}")
+    if cfg.deq_layer >= 0:
+        more = f" + {cfg.deq_phantom_steps}" * (cfg.deq_grad == "phantom")
+        told = f"{cfg.deq_max_iter_train}{more} evaluations in training, {cfg.deq_max_iter_eval} in scoring"
+        print(f"  layer {cfg.deq_layer} solves by {told}")
     describe_parameters(cfg)
     print("\nplan for 8 H100 GPUs and the challenge's text:")
     for row in run_plan(cfg, gpus=8):
@@ -7823,8 +7827,8 @@ def open_audit(target: Path, env: Mapping[str, str]) -> Audited:
         raise UserError(f"cannot read {path}: {error.strerror}; give a finished run folder") from error
     folder = path.parent
     result, evaluated = read_facts(folder / "result.json"), read_facts(folder / "eval.json")
-    given = {name: text for name, text in env.items() if name.lower() not in own_knobs() | {"val_tokens_limit"}}
-    cfg, _ = read_config(given, base={**artifact.config, **places_of(folder, env), "compile": False})
+    whole = {name: text for name, text in env.items() if name != "VAL_TOKENS_LIMIT"}
+    cfg = config_of(artifact, folder, whole, compile=False)
     run = Run(cfg, Launch(0, 1, 0))
     check_shapes(cfg, artifact, path)
     pieces = load_tokenizer(cfg)

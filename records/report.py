@@ -42,8 +42,8 @@ STATUS_OF_CODE = {0: "done", 2: "bad-config", 3: "non-finite", 4: "over-budget"}
 SIGNALS = (128 + 1, 128 + 2, 128 + 9, 128 + 15)
 FAILED = ("crashed", "over-budget", "non-finite", "bad-config")
 # Where things are and how they are launched: no part of what is measured.
-WHERE = ("DATA_DIR", "DATASET", "DATA_PATH", "TOKENIZER_PATH")  # variables that say where the text is
-LOCATION = {"RUN_ID", "RUNS_DIR", "RESUME", "STRICT_ENV", "THREADS", *WHERE} - {"DATASET"}
+PATHS = ("DATA_DIR", "DATA_PATH", "TOKENIZER_PATH")
+LOCATION = {"RUN_ID", "RUNS_DIR", "RESUME", "STRICT_ENV", "THREADS", *PATHS}
 
 
 class ReportError(Exception):
@@ -531,7 +531,7 @@ def differences(folder: Path, request: dict[str, Any]) -> list[str]:
     return found
 
 
-def decide(folder: Path, request: dict[str, Any], again: bool, retry: bool = False) -> tuple[str, str]:
+def decide(folder: Path, request: dict[str, Any], again: bool, retry: bool) -> tuple[str, str]:
     """(action, reason) of one run, from what its folder holds."""
     if pid := alive(folder):
         return "busy", f"process {pid} works in {folder}; wait for it, or end it and remove {folder}/.pid"
@@ -609,13 +609,13 @@ def peer_row(args: argparse.Namespace) -> Experiment:
 
 def environment_of(request: dict[str, Any], folder: Path, resume: bool) -> dict[str, str]:
     """Every variable of a run but those of the machine. Paths of a peer, which runs in its folder, are absolute."""
-    env = {name: os.environ[name] for name in WHERE if os.environ.get(name)}
+    env = {name: os.environ[name] for name in ("DATASET", *PATHS) if os.environ.get(name)}
     env |= request["env"]
     env |= dict(SEED=str(request["seed"]), RUN_ID=folder.name, RUNS_DIR=str(folder.parent), STRICT_ENV="1")
     if resume:
         env["RESUME"] = "1"
     if request["script"]:
-        env |= {key: str(Path(env[key]).resolve()) for key in WHERE if key in env and key != "DATASET"}
+        env |= {key: str(Path(env[key]).resolve()) for key in PATHS if key in env}
     return env
 
 
@@ -802,17 +802,17 @@ def compare(row: Row, other: Row) -> Comparison | None:
     return Comparison(stage, len(paired), difference, spread, p_paired(paired), welch)
 
 
-TIME_PARTS = {
-    "start-up": "startup_seconds", "train": "train_seconds", "choose weights": "calibration_seconds",
-    "calibration text": "calibration_text_seconds", "Hessians": "hessian_seconds", "gradients": "fisher_seconds",
-    "quantize, pack": "quantize_pack_seconds", "evaluate": "eval_seconds",
+# train_gpt.TRAINING_PARTS, for tables on machines without torch
+TRAINING_PARTS = {
+    "train": "train_seconds", "choose weights": "calibration_seconds", "calibration text": "calibration_text_seconds",
+    "Hessians": "hessian_seconds", "gradients": "fisher_seconds", "quantize, pack": "quantize_pack_seconds",
 }  # fmt: skip
-TRAINING_PARTS = tuple(key for name, key in TIME_PARTS.items() if name not in ("start-up", "evaluate"))
+TIME_PARTS = {"start-up": "startup_seconds", **TRAINING_PARTS, "evaluate": "eval_seconds"}
 
 
 def training_seconds(run: RunData) -> float:
     """The training clock as the rules count it: steps and whatever makes the file."""
-    return sum(run.result.get(key, 0.0) for key in TRAINING_PARTS)
+    return sum(run.result.get(key, 0.0) for key in TRAINING_PARTS.values())
 
 
 WORST: dict[str, tuple[Callable[[RunData], float | None], Callable]] = {
@@ -839,7 +839,7 @@ def judge_condition(row: Row, condition: str, rows: dict[str, Row]) -> tuple[boo
         return None, f"{condition}: {metric} is compared with numbers only"
     if metric in WORST:
         told, worst = WORST[metric]
-        values = [value for run in row.done if (value := told(run)) is not None]
+        values = [value for run in row.done if isinstance(value := told(run), (int, float))]
         value = worst(values) if values else None
     else:
         scores = list(row.scores(stage).values()) if stage else []

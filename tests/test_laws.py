@@ -332,7 +332,7 @@ def test_4_selective_training_freezes_the_rest(selective):
     cfg = replace(ttt_config(("record", {})), ttt_selective=selective)
     model = tiny_model(cfg)
     before = {name: param.detach().clone() for name, param in model.named_parameters()}
-    tg.score_ttt(single(cfg), model, random_validation(cfg, 200), True, 600.0)
+    tg.TestTimeTrainer(single(cfg), model, random_validation(cfg, 200), True).evaluate(600.0)
     moved = {name for name, param in model.named_parameters() if not torch.equal(param, before[name])}
     chosen = {name for name in before if name.startswith(("blocks.2.", "blocks.3.", "skips."))}
     assert moved == (chosen if selective else set(before))
@@ -771,6 +771,18 @@ def test_8_micro_batches_do_not_change_the_step(corpus):
         torch.testing.assert_close(grads, found[0][1], rtol=1e-4, atol=1e-7)
 
 
+def test_8_every_rank_has_text_to_calibrate_on(corpus):
+    """Fewer sequences than ranks would leave some with nothing to average."""
+    values = dict(train_batch_tokens=256, gptq_calibration_batches=1, gptq_batch_tokens=64, fisher_tokens=32)
+    cfg = tiny("record", **values, **corpus.knobs())
+    run = OneOf(cfg, 0, 8)  # the one whose share is empty where there are too few
+    trainer = tg.Trainer(run)
+    rows = tg.calibration_rows(trainer)
+    assert len(rows) == 8 and math.isfinite(tg.mean_loss(run, trainer.model, rows, False))
+    hessians, fisher, *_ = tg.calibrate(run, trainer.model, trainer.model.state_dict(), rows, False, {})
+    assert hessians["head.weight"].any() and fisher["head.weight"].any()
+
+
 # ---- 9: inside the clock --------------------------------------------------------------------------------------------
 
 
@@ -979,18 +991,6 @@ def test_10_an_interrupted_write_keeps_the_old_file(monkeypatch, tmp_path):
     with pytest.raises(tg.UserError, match="No space left"):
         tg.atomic_write(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_8_every_rank_has_text_to_calibrate_on(corpus):
-    """Fewer sequences than ranks would leave some with nothing to average."""
-    values = dict(train_batch_tokens=256, gptq_calibration_batches=1, gptq_batch_tokens=64, fisher_tokens=32)
-    cfg = tiny("record", **values, **corpus.knobs())
-    run = OneOf(cfg, 0, 8)  # the one whose share is empty where there are too few
-    trainer = tg.Trainer(run)
-    rows = tg.calibration_rows(trainer)
-    assert len(rows) == 8 and math.isfinite(tg.mean_loss(run, trainer.model, rows, False))
-    hessians, fisher, *_ = tg.calibrate(run, trainer.model, trainer.model.state_dict(), rows, False, {})
-    assert hessians["head.weight"].any() and fisher["head.weight"].any()
 
 
 @pytest.mark.parametrize("ignored", [False, True], ids=["session", "nohup"])
